@@ -22,7 +22,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled rows, split: `train.parquet`, `calibration.parquet`, `test.parquet` (columns text or image, label)."""
+    """Labelled rows: `train`, `calibration` and `test.parquet`, columns text or image, label, file."""
 
     blob: Blob
     type: str
@@ -33,7 +33,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face folder: config, `model.safetensors`, preprocessor, and `modelopt_state.pth` once optimized.
+    """Config, `model.safetensors`, `preprocessor/`, and `modelopt_state.pth` once pruned or quantized.
 
     `identity` is the digest of config and weights alone: ModelOpt's state file holds the same
     information in every process but not the same bytes, so cache keys are made from `identity`.
@@ -67,10 +67,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Engine:
-    """A plan and its weights, and how far it is proved: executed here, built, or only checked."""
+    """A plan, its weights and the preprocessor that feeds it, and how far it is proved."""
 
     plan: Plan
     weights: Blob | None
+    preprocessor: Blob
     format: str
     proved: Proved
     facts: Facts = field(default_factory=dict)
@@ -114,3 +115,15 @@ class Verdict:
     def reasons(self) -> tuple[str, ...]:
         """The sentences of the rules that did not pass."""
         return tuple(rule.sentence for rule in self.rules if not rule.passed)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version of a model; `gate` is its tag: passed, refused or pending."""
+
+    model: str
+    version: str
+    run_id: str
+    gate: str
+    alias: str | None
+    manifest: str

@@ -1,0 +1,24 @@
+"""One file per runtime, the same few functions in each: version, device, build, refit, open, proof."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tasks.engines.common import Session
+
+MODULES = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
+
+
+def module(runtime: str) -> ModuleType:
+    """The engine module of a runtime (`tensorrt_rtx` and `tensorrt-rtx` are the same)."""
+    return importlib.import_module(f"tasks.engines.{MODULES[runtime.replace('_', '-')]}")
+
+
+def open_engine(runtime: str, plan: Path, weights: Path | None, **options: Any) -> Session:
+    """A session on the plan and its weights; a context manager, or open as long as the process."""
+    session: Session = module(runtime).open(plan, weights, **options)
+    return session

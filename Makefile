@@ -1,0 +1,41 @@
+# make demo | test | check. PIP_FLAGS is handed to every pip install.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+HUTTO := .data/hutto_ICWSM_2014
+
+.PHONY: demo test fast check clean
+
+demo: $(VENV)/.ready $(HUTTO)
+	$(BIN)/python -m flows optimize sentiment-minilm-int8-qat-24
+
+test: $(VENV)/.ready $(HUTTO)
+	$(BIN)/python -m pytest -q
+
+fast: $(VENV)/.ready $(HUTTO)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Written last, so that an installation that was cut off starts again.
+$(VENV)/.ready: requirements.lock requirements-data.lock
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps -r requirements-data.lock
+	touch $@
+
+# Rated sentences; only in the source package of vaderSentiment.
+$(HUTTO):
+	rm -rf .data/vader && mkdir -p .data/vader
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d .data/vader vaderSentiment==3.3.2
+	tar -xzf .data/vader/vaderSentiment-3.3.2.tar.gz -C .data/vader
+	tar -xzf .data/vader/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz -C .data/vader
+	mv .data/vader/hutto_ICWSM_2014 $@
+	rm -rf .data/vader
+
+clean:
+	rm -rf $(VENV) .data .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,370 @@
+"""How often the gate is wrong: planted truth, counted. Prints the tables of docs/gate.md.
+
+python -m benchmarks.gate             simulation and real engines, about 10 minutes on one core
+python -m benchmarks.gate accuracy    one part: accuracy, metrics, seeds, rounds, engines
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.gate import Gate
+from tasks import statistics
+from tasks.gate import judge
+from tasks.measurements import Measured, Measurements
+from tasks.metrics import Metric, metric
+
+TRIALS, ENGINE_TRIALS, ROUNDS, CALLS = 2000, 100, 30, 20
+SIZES = (250, 500, 1000, 2000, 4000)
+DROPS = (0.005, 0.01, 0.02)
+DISCORDANCE = (0.01, 0.03, 0.10)
+SLOWER = (0.0, 0.03, 0.05, 0.10)
+CONFIDENCE = 0.95
+Table = Iterator[list[str]]
+
+
+def counts(n: int, discordance: float, drop: float, seed: int) -> tuple[Any, Any]:
+    """Wins and losses of candidates that disagree this often and are worse by exactly `drop`."""
+    shares = [(discordance - drop) / 2, (discordance + drop) / 2, 1 - discordance]
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=TRIALS)
+    return drawn[:, 0], drawn[:, 1]
+
+
+@cache
+def coarseness(disagree: int, n: int) -> float:
+    """The smallest drop that n examples with so many disagreements can tell."""
+    return statistics.smallest_drop_counts(disagree, 0, n, CONFIDENCE)
+
+
+def accuracy() -> None:
+    """Simulated flips: what is refused that is as good, what passes that is not, what is seen."""
+    table("Engines of equal quality: refused by the interval / called too coarse", equal())
+    table("Examples needed: an equally good engine is refused, for either reason, at most 5 %", needed())
+    table("Exactly at -max_drop: passed; in brackets by the percentile bootstrap", at_limit())
+    table("A drop told from noise (the interval lies below zero)", seen())
+
+
+def equal() -> Table:
+    """One row per size and discordance, one column per `max_drop`."""
+    yield ["examples", "discordance", *(f"max_drop {100 * drop:g} points" for drop in (*DROPS, 0.03))]
+    for n in SIZES:
+        for discordance in DISCORDANCE:
+            wins, losses = counts(n, discordance, 0.0, seed=n)
+            low, _ = statistics.tango(wins, losses, n, CONFIDENCE)
+            least = np.array([coarseness(int(k), n) for k in wins + losses])
+            cells = []
+            for drop in (*DROPS, 0.03):
+                coarse = least > drop
+                cells.append(f"{percent((low <= -drop) & ~coarse)} / {percent(coarse)}")
+            yield [str(n), f"{100 * discordance:g} %", *cells]
+
+
+def needed() -> Table:
+    """The least size of a series in steps of 5 % where either refusal is rare enough."""
+    yield ["discordance", *(f"max_drop {100 * drop:g} points" for drop in (*DROPS, 0.03))]
+    for discordance in DISCORDANCE:
+        cells = []
+        for drop in (*DROPS, 0.03):
+            n = int(8 * discordance / drop**2)
+            while refused(n, discordance, drop) > 1 - CONFIDENCE:
+                n = int(1.05 * n) + 1
+            cells.append(f"{n:,}")
+        yield [f"{100 * discordance:g} %", *cells]
+
+
+def refused(n: int, discordance: float, drop: float) -> float:
+    """The share of equally good engines that the interval or the coarseness refuses."""
+    wins, losses = counts(n, discordance, 0.0, seed=n)
+    low, _ = statistics.tango(wins, losses, n, CONFIDENCE)
+    least = np.array([coarseness(int(k), n) for k in wins + losses])
+    return float(((low <= -drop) | (least > drop)).mean())
+
+
+def at_limit() -> Table:
+    """False passes of the rule itself, whether or not the set is too coarse."""
+    yield ["examples", "discordance", *(f"max_drop {100 * drop:g} points" for drop in DROPS)]
+    for n in SIZES:
+        for discordance in (0.02, 0.03, 0.10):
+            cells = []
+            for drop in DROPS:
+                wins, losses = counts(n, discordance, drop, seed=n + 1)
+                low, _ = statistics.tango(wins, losses, n, CONFIDENCE)
+                lows = [bootstrap(int(w), int(c), n) for w, c in zip(wins, losses, strict=True)]
+                cells.append(f"{percent(low > -drop)} ({percent(np.array(lows) > -drop)})")
+            yield [str(n), f"{100 * discordance:g} %", *cells]
+
+
+@cache
+def bootstrap(wins: int, losses: int, n: int) -> float:
+    """The percentile bootstrap's lower end, for comparison."""
+    return statistics.bootstrap_counts(wins, losses, n, CONFIDENCE, seed=0)[0]
+
+
+def seen() -> Table:
+    """Power to call a drop a drop."""
+    yield ["examples", "discordance", *(f"{100 * drop:g} points worse" for drop in DROPS)]
+    for n in SIZES:
+        for discordance in (0.02, 0.03, 0.10):
+            cells = []
+            for drop in DROPS:
+                wins, losses = counts(n, discordance, drop, seed=n + 2)
+                cells.append(percent(statistics.tango(wins, losses, n, CONFIDENCE)[1] < 0))
+            yield [str(n), f"{100 * discordance:g} %", *cells]
+
+
+def metrics() -> None:
+    """Metrics that are not 0 or 1: candidates exactly at the allowed drop."""
+    table("Other metrics, candidates exactly at the limit", other_metrics())
+
+
+def other_metrics() -> Table:
+    """Skewed losses by the studentized bootstrap, macro F1 by the percentile one."""
+    yield ["metric", "examples", "passed", "the same by a plain percentile bootstrap"]
+    for n in (100, 250, 500):
+        passed, plain = skewed(n)
+        yield ["mean of skewed per-example losses", str(n), percent(passed), percent(plain)]
+    for n in (250, 500):
+        yield ["macro F1, classes 85 : 15", str(n), percent(f1(n)), "the same"]
+
+
+def skewed(n: int) -> tuple[Any, Any]:
+    """Candidates whose loss is higher by 0.05 on average, all of it in a few examples; 0.05 is allowed."""
+    generator, passed, plain = np.random.default_rng(n), [], []
+    for seed in range(TRIALS // 2):
+        gap = -generator.lognormal(0.0, 1.5, n) * 0.05 / np.exp(1.5**2 / 2)
+        low, _ = statistics.bootstrap_mean(gap, CONFIDENCE, seed, span=10.0)
+        rows = generator.integers(0, n, size=(1000, n))
+        passed.append(low > -0.05)
+        plain.append(np.quantile(gap[rows].mean(axis=1), (1 - CONFIDENCE) / 2) > -0.05)
+    return np.array(passed), np.array(plain)
+
+
+def f1(n: int) -> Any:
+    """Candidates that flip 3 % more answers than the baseline; their true drop of F1 is what is allowed."""
+    how, generator = metric("f1"), np.random.default_rng(n)
+
+    def answers(size: int) -> tuple[Any, Any, Any]:
+        truth = (generator.random(size) < 0.15).astype(int)
+        base = truth ^ (generator.random(size) < 0.08)
+        return truth, base, base ^ (generator.random(size) < 0.03)
+
+    truth, base, ours = answers(4_000_000)
+    drop, passed = how.value(base, truth) - how.value(ours, truth), []
+    for seed in range(TRIALS // 2):
+        truth, base, ours = answers(n)
+        ours_of, base_of = (partial(_chosen, how, answer, truth) for answer in (ours, base))
+        ends = statistics.compare_statistic(ours_of, base_of, n, CONFIDENCE, seed).difference
+        passed.append(ends[0] > -drop)
+    return np.array(passed)
+
+
+def _chosen(how: Metric, answers: Any, truth: Any, rows: Any) -> float:
+    return how.value(answers[rows], truth[rows])
+
+
+def seeds() -> None:
+    """Networks trained from other seeds, through `judge` itself."""
+    table(
+        "Networks of other seeds, through the whole gate",
+        other_seeds(),
+    )
+
+
+def other_seeds() -> Table:
+    """The most alike of six networks, and the most different: the latter's true gap is the allowed drop."""
+    right = trained()
+    pairs = sorted(combinations(right, 2), key=lambda pair: abs(float(pair[0].mean() - pair[1].mean())))
+    worse, better = sorted(pairs[-1], key=lambda each: float(each.mean()))
+    gap = float(better.mean() - worse.mean())
+    yield [
+        "candidate",
+        "examples",
+        "discordance",
+        "true change",
+        "max_drop",
+        "passed",
+        "refused",
+        "too coarse",
+    ]
+    for n, drop in ((500, 0.04), (1000, 0.025), (2000, 0.018), (4000, 0.012)):
+        yield ["as good", *sampled(*pairs[0], n, drop)]
+    for n in SIZES:
+        yield ["at the limit", *sampled(worse, better, n, gap)]
+
+
+def sampled(candidate: Any, baseline: Any, n: int, drop: float) -> list[str]:
+    """Many sets of n examples of the 200,000, each through the whole gate."""
+    generator, found = np.random.default_rng(n), []
+    for _ in range(TRIALS // 2):
+        rows = generator.choice(len(candidate), n, replace=False)
+        found.append(verdict(candidate[rows], baseline[rows], drop))
+    passed, fine = np.array(found).T
+    facts = [
+        str(n),
+        percent(candidate != baseline),
+        f"{100 * float((candidate - baseline).mean()):+.2f} points",
+    ]
+    return [*facts, f"{100 * drop:.2f} points", percent(passed), percent(~passed & fine), percent(~fine)]
+
+
+def verdict(candidate: Any, baseline: Any, drop: float) -> tuple[bool, bool]:
+    """Whether the drop rule passed, and whether the set was fine enough."""
+    engines = {"candidate": Measured("executed", candidate), "baseline": Measured("executed", baseline)}
+    rules = judge(Measurements("accuracy", engines), Gate(max_drop=drop)).rules
+    return rules[1].passed, rules[2].passed
+
+
+def trained() -> list[Any]:
+    """Six small networks, other seeds: right or wrong on each of 200,000 rows."""
+    from sklearn.datasets import make_classification
+    from sklearn.neural_network import MLPClassifier
+
+    x, y = make_classification(204_000, n_features=20, n_informative=12, class_sep=1.0, random_state=0)
+    right = []
+    for seed in range(6):
+        network = MLPClassifier((32,), max_iter=200, random_state=seed, early_stopping=True)
+        right.append((network.fit(x[:4000], y[:4000]).predict(x[4000:]) == y[4000:]).astype(float))
+    return right
+
+
+def rounds() -> None:
+    """Simulated latency: noise of rounds, with hiccups that hit one of the two."""
+    table("Simulated rounds: passed at a limit of 1.05 (last: told from noise)", simulated_rounds())
+
+
+def simulated_rounds() -> Table:
+    """The interval moves with the truth, so one set of trials serves every slowdown."""
+    yield ["rounds", "noise of a round", *(f"true {1 + s:.2f}" for s in SLOWER), "told: 1.03", "1.05", "1.10"]
+    for count in (6, 10, 20, 40):
+        for noise in (0.02, 0.05):
+            generator, ends = np.random.default_rng(count), []
+            for seed in range(TRIALS // 2):
+                pair = [round_times(generator, count, noise) for _ in range(2)]
+                ends.append(statistics.bootstrap_rounds(pair[0], pair[1], CONFIDENCE, seed)[1])
+            low, high = np.array(ends).T
+            passed = [percent(high * (1 + slower) <= 1.05) for slower in SLOWER]
+            told = [percent(low * (1 + slower) > 1) for slower in SLOWER[1:]]
+            yield [str(count), f"{100 * noise:g} %", *passed, *told]
+
+
+def round_times(generator: Any, count: int, noise: float) -> Any:
+    """Relative p50 of each round: log-normal, and one in ten hit by something else (30 % on average)."""
+    hit = (generator.random(count) < 0.1) * generator.exponential(0.3, count)
+    return np.exp(noise * generator.standard_normal(count) + hit)
+
+
+def engines() -> None:
+    """The same ONNX Runtime engine against itself, and against itself slowed by a known amount."""
+    table(f"Real engines, {ENGINE_TRIALS} trials of {ROUNDS} rounds of {CALLS} calls", real_engines())
+
+
+def real_engines() -> Table:
+    """Five contestants take turns in every round, and the order turns, too; the first is the reference."""
+    trials = list(timed_trials())
+    yield [
+        "slower by",
+        "median ratio",
+        "interval wholly off 1",
+        "passed at 1.05",
+        "interval's half width",
+    ]
+    for place, slower in enumerate(SLOWER, start=1):
+        found = [statistics.bootstrap_rounds(t[place], t[0], CONFIDENCE, i) for i, t in enumerate(trials)]
+        ratios, ends = np.array([f[0] for f in found]), np.array([f[1] for f in found])
+        off = (ends[:, 0] > 1) | (ends[:, 1] < 1)
+        half = float(np.median(ends[:, 1] - ends[:, 0]) / 2)
+        row = [f"{100 * slower:g} %", f"{np.median(ratios):.4f}", percent(off), percent(ends[:, 1] <= 1.05)]
+        yield [*row, f"{half:.4f}"]
+
+
+def timed_trials() -> Iterator[Any]:
+    """Per trial the p50 of every contestant's rounds, of shape (contestants, rounds)."""
+    from contextlib import ExitStack
+
+    from tasks.engines import onnxruntime
+
+    feed = {"x": np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32)}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        layers(folder / "model.onnx", 12)
+        onnxruntime.build(folder, folder / "built", samples=[feed], threads=1)
+        plan, weights = folder / "built" / "plan", folder / "built" / "weights"
+        opened = [
+            stack.enter_context(onnxruntime.open(plan, weights if weights.exists() else None, threads=1))
+            for _ in range(1 + len(SLOWER))
+        ]
+        pairs = list(zip(opened, (0.0, *SLOWER), strict=True))
+        for session in opened * 50:
+            session.run(feed)
+        for _ in range(ENGINE_TRIALS):
+            yield np.array([turn(pairs, feed, number) for number in range(ROUNDS)]).T
+
+
+def turn(pairs: list[tuple[Any, float]], feed: Any, number: int) -> list[float]:
+    """One round: the p50 of each contestant, who starts changes."""
+    found = {}
+    for place in np.roll(np.arange(len(pairs)), number):
+        session, slower = pairs[place]
+        found[int(place)] = float(np.median([seconds(session, slower, feed) for _ in range(CALLS)]))
+    return [found[place] for place in sorted(found)]
+
+
+def seconds(session: Any, slower: float, feed: Any) -> float:
+    """One call; a slowed one then waits, spinning, for the given share of its own time."""
+    start = time.perf_counter()
+    session.run(feed)
+    end = start + (time.perf_counter() - start) * (1 + slower)
+    while slower and time.perf_counter() < end:
+        pass
+    return time.perf_counter() - start
+
+
+def layers(path: Path, depth: int) -> None:
+    """A chain of matrix products and ReLUs, about half a millisecond."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    weights = [generator.standard_normal((256, 256)).astype(np.float32) / 16 for _ in range(depth)]
+    nodes, last = [], "x"
+    for i in range(depth):
+        nodes.append(helper.make_node("MatMul", [last, f"w{i}"], [f"m{i}"]))
+        nodes.append(helper.make_node("Relu", [f"m{i}"], [f"r{i}"]))
+        last = f"r{i}"
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 256]) for n in ("x", last)]
+    stored = [numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)]
+    graph = helper.make_graph(nodes, "layers", ends[:1], ends[1:], stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def percent(values: Any) -> str:
+    """A share of trials."""
+    return f"{100 * float(np.mean(values)):.1f} %"
+
+
+def table(title: str, rows: Table) -> None:
+    """One Markdown table."""
+    began = time.perf_counter()
+    head, *body = list(rows)
+    print(f"\n### {title}\n")
+    for row in (head, ["--:"] * len(head), *body):
+        print(f"| {' | '.join(row)} |")
+    print(f"\n{time.perf_counter() - began:.0f} s", flush=True)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    part.__name__: part for part in (accuracy, metrics, seeds, rounds, engines)
+}
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or PARTS:
+        PARTS[wanted]()

@@ -1,0 +1,1 @@
+"""TensorRT measured: CLIP encoders, refit, precision, sparsity."""

@@ -1,0 +1,84 @@
+"""python -m flows VERB: arguments and recipe are checked before Prefect or anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import recipes
+from tasks import store
+from tasks.errors import InputError
+
+if TYPE_CHECKING:
+    from flows.optimize import Outcome
+
+STATUS = {"promoted": 0, "registered": 0, "built": 4, "refused": 3}
+BAD_INPUT, FAILED = 2, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, check, run; the exit status says how it ended (see --help)."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.verb == "recipes":
+            print("\n".join(recipes.names()))
+            return 0
+        recipes.load(options.recipe, options.set)
+        return _optimize(options)
+    except (recipes.RecipeError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; the finished stages are kept", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(
+                f"error: the disk is full ({error.filename or store.home()}); free space and run again",
+                file=sys.stderr,
+            )
+            return BAD_INPUT
+        if os.environ.get("ENGINEHOUSE_TRACEBACK"):
+            raise
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("(ENGINEHOUSE_TRACEBACK=1 shows where; the finished stages are kept)", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows",
+        description="Fine-tune, prune, quantize, build, gate and promote.",
+        epilog="Exit status: 0 promoted or registered, 3 refused by the gate, "
+        "4 built but not executable here, 2 bad recipe or input, 1 anything else.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    optimize = verbs.add_parser("optimize", help="run a recipe from data to a promoted engine")
+    optimize.add_argument("recipe", help="a name in recipes/, or a path to a .yaml file")
+    optimize.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="change one value; repeatable"
+    )
+    optimize.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
+    verbs.add_parser("recipes", help="list the recipes that ship")
+    return parser
+
+
+def _optimize(options: argparse.Namespace) -> int:
+    store.prepare()
+    from flows import summary
+    from flows.optimize import optimize
+
+    outcome: Outcome = optimize(options.recipe, options.set)
+    print(summary.table(outcome))
+    if options.json:
+        print(json.dumps(summary.as_json(outcome)))
+    return STATUS[outcome.verdict]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""From a recipe to a promoted engine, or to the reason why not.
+
+python -m flows optimize RECIPE [--set section.key=value …] [--json]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefect import flow
+
+import recipes
+from recipes import Recipe
+from tasks import registry
+from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Version
+from tasks.benchmark import benchmark
+from tasks.build import build, host, precision
+from tasks.calibrate import calibrate
+from tasks.decide import decide
+from tasks.evaluate import check, evaluate
+from tasks.export import export
+from tasks.finetune import finetune
+from tasks.load import fingerprint, load_data, load_model
+from tasks.manifest import Attempt, metrics
+from tasks.sparsify import sparsify
+from tasks.stage import timeline
+
+
+JUDGED = ("candidate", "baseline", "champion")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with; `--json` prints it."""
+
+    verdict: Literal["promoted", "registered", "built", "refused"]
+    recipe: str
+    version: Version
+    reasons: tuple[str, ...]
+    metrics: dict[str, float]
+    attempt: Attempt
+
+
+@flow(name="optimize", flow_run_name="{recipe}", persist_result=False, validate_parameters=False)
+def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
+    """Run one recipe through every stage; a failed run is logged, too."""
+    plan = recipes.load(recipe, overrides)
+    timeline.clear()
+    try:
+        return _optimize(plan)
+    except Exception as error:
+        registry.record_failure(plan.model_dump(mode="json"), error)
+        raise
+
+
+def _optimize(recipe: Recipe) -> Outcome:
+    # 1. Metric, rows and weights: checked here, before anything costly.
+    check(recipe.gate.metric)
+    found_data = fingerprint(recipe.data.source, recipe.data.revision, recipe.data.files)
+    found_model = fingerprint(recipe.model.source, recipe.model.revision)
+    data = load_data(recipe.data, recipe.task, found_data)
+    start = load_model(recipe.model, recipe.data, recipe.task, found_model, recipe.data.split.seed)
+
+    # 2. The baseline: fine-tuned, not compressed.
+    baseline = finetune(start, data, recipe.finetune) if recipe.finetune else start
+
+    # 3. The candidate: pruned, then quantized, then trained again with both on.
+    candidate = compress(baseline, data, recipe)
+
+    # 4. Engines of both for the target runtime, and the candidate's for the others.
+    checkpoints = {"candidate": candidate, "baseline": baseline}
+    onnx, engines = engines_of(checkpoints, data, recipe)
+
+    # 5. Where the target cannot run here, a worker that has it must judge.
+    attempt = Attempt(recipe, data, checkpoints, onnx, engines)
+    if engines["candidate"].proved != "executed":
+        return pending(attempt)
+
+    # 6. The champion is measured again, now, on this data and this machine.
+    champion = registry.champion(recipe.model.name)
+    if champion and _comparable(champion[1], engines["candidate"]):
+        engines["champion"] = champion[1]
+    judged = {name: engine for name, engine in engines.items() if name in JUDGED}
+    here = host(recipe.build.runtime)
+    scores = {
+        name: evaluate(engine, onnx.get(name), data, recipe.gate.metric, here)
+        for name, engine in judged.items()
+    }
+    timing = benchmark(judged, data, recipe.benchmark, recipe.build.threads, here)
+
+    # 7. Judge, register, promote.
+    verdict, measurements = decide(judged, scores, timing, data, recipe.gate)
+    attempt = Attempt(
+        recipe, data, checkpoints, onnx, engines, scores, timing, verdict, measurements, tuple(timeline)
+    )
+    reason = " ".join(rule.sentence for rule in verdict.rules)
+    if not verdict.passed:
+        version = registry.register(attempt, "refused", f"Refused. {' '.join(verdict.reasons)}")
+        return _outcome("refused", attempt, version, verdict.reasons)
+    version = registry.register(attempt, "passed", f"Passed. {reason}")
+    if recipe.promote == "manual":
+        return _outcome("registered", attempt, version, ("promotion is manual: set the alias in MLflow",))
+    return _outcome("promoted", attempt, registry.promote(version), ())
+
+
+def compress(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> Checkpoint:
+    """Sparsify before quantizing (the reverse prunes nothing), then recover accuracy with both on."""
+    model = baseline
+    if recipe.sparsify:
+        model = sparsify(model, data, recipe.sparsify)
+    if recipe.quantize:
+        model = calibrate(model, data, recipe.quantize)
+    if recipe.qat:
+        model = finetune(model, data, recipe.qat)
+    return model
+
+
+def engines_of(
+    checkpoints: dict[str, Checkpoint], data: Dataset, recipe: Recipe
+) -> tuple[dict[str, OnnxModel], dict[str, Engine]]:
+    """ONNX and engines by name: candidate, baseline, and `candidate-RUNTIME` for each of `build.also`."""
+    target = recipe.build.runtime
+    onnx: dict[str, OnnxModel] = {}
+    engines: dict[str, Engine] = {}
+    for name, checkpoint in checkpoints.items():
+        onnx[name] = export(checkpoint, data, recipe.export, precision(target))
+        engines[name] = build(onnx[name], checkpoint, data, recipe.build, target, host(target))
+    candidate = checkpoints["candidate"]
+    for runtime in recipe.build.also:
+        model = export(candidate, data, recipe.export, precision(runtime))
+        engines[f"candidate-{runtime}"] = build(model, candidate, data, recipe.build, runtime, host(runtime))
+        onnx[f"candidate-{runtime}"] = model
+    return onnx, engines
+
+
+def pending(attempt: Attempt) -> Outcome:
+    """Register without a verdict: the engine waits for a machine that can run it."""
+    engine = attempt.engines["candidate"]
+    reason = (
+        f"{engine.plan.runtime} cannot execute here (device: {engine.plan.device}), so the engine is only "
+        f"{engine.proved}; the gate waits for a worker that has the runtime"
+    )
+    attempt = Attempt(
+        attempt.recipe,
+        attempt.dataset,
+        attempt.checkpoints,
+        attempt.onnx,
+        attempt.engines,
+        timeline=tuple(timeline),
+    )
+    version = registry.register(attempt, "pending", f"Pending. {reason}.")
+    return _outcome("built", attempt, version, (reason,))
+
+
+def _comparable(champion: Engine, candidate: Engine) -> bool:
+    """Not the candidate itself, and of a runtime that runs here."""
+    same = (champion.plan, champion.weights) == (candidate.plan, candidate.weights)
+    return not same and champion.plan.runtime == candidate.plan.runtime
+
+
+def _outcome(verdict: Any, attempt: Attempt, version: Version, reasons: Sequence[str]) -> Outcome:
+    return Outcome(verdict, attempt.recipe.name, version, tuple(reasons), metrics(attempt), attempt)

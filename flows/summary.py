@@ -1,0 +1,82 @@
+"""What a run prints at its end: the table, where to look, and one JSON line."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import TYPE_CHECKING, Any
+
+from tasks import registry, store
+
+if TYPE_CHECKING:
+    from flows.optimize import Outcome
+
+
+def table(outcome: Outcome) -> str:
+    """Engines side by side, then the verdict, the version and the commands that open the two UIs."""
+    attempt = outcome.attempt
+    lines = ["", *_engines(outcome), ""]
+    if attempt.verdict:
+        lines += [f"  {'pass' if rule.passed else 'FAIL'}  {rule.sentence}" for rule in attempt.verdict.rules]
+        lines.append("")
+    version = outcome.version
+    alias = f", alias {version.alias}" if version.alias else ", no alias"
+    lines.append(f"{outcome.verdict.upper()}: {version.model} version {version.version}{alias}")
+    lines += [f"  {reason}" for reason in outcome.reasons]
+    reused = sum(timing.reused for timing in attempt.timeline)
+    seconds = sum(timing.seconds for timing in attempt.timeline)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    lines += [
+        f"{len(attempt.timeline)} stages in {seconds:.0f} s, {reused} reused; peak memory {peak:.1f} GiB",
+        f"manifest  {version.manifest}",
+        f"MLflow    {_mlflow()}",
+        f"Prefect   PREFECT_HOME={os.environ['PREFECT_HOME']} prefect server start",
+    ]
+    return "\n".join(lines)
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """The result for programs."""
+    return {
+        "verdict": outcome.verdict,
+        "recipe": outcome.recipe,
+        "model": outcome.version.model,
+        "version": outcome.version.version,
+        "alias": outcome.version.alias,
+        "reasons": list(outcome.reasons),
+        "metrics": outcome.metrics,
+        "run_id": outcome.version.run_id,
+        "manifest": outcome.version.manifest,
+    }
+
+
+def _engines(outcome: Outcome) -> list[str]:
+    attempt, numbers = outcome.attempt, outcome.metrics
+    metric = attempt.recipe.gate.metric
+    sizes = attempt.recipe.benchmark.batch_sizes
+    header = ["engine", "format", "runtime", "proved", "MB", f"{metric} (n={attempt.dataset.rows['test']})"]
+    header += [f"p50/p99 ms, batch {size}" for size in sizes]
+    rows = [header]
+    for name, engine in attempt.engines.items():
+        value = numbers.get(f"{name}_{metric}")
+        row = [name, engine.format, f"{engine.plan.runtime} {engine.plan.version}", engine.proved]
+        row += [f"{engine.bytes / 1e6:.1f}", "-" if value is None else f"{value:.4f}"]
+        for size in sizes:
+            p50, p99 = (numbers.get(f"{name}_{key}_b{size}") for key in ("p50", "p99"))
+            row.append("-" if p50 is None or p99 is None else f"{p50 * 1e3:.1f}/{p99 * 1e3:.1f}")
+        rows.append(row)
+    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _mlflow() -> str:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", registry.default_uri())
+    if uri != registry.default_uri():
+        return uri
+    artifacts = (store.home() / "mlartifacts").as_uri()
+    return (
+        f"mlflow server --backend-store-uri {registry.default_uri()} --artifacts-destination {artifacts} -w 1"
+    )

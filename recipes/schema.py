@@ -1,0 +1,159 @@
+"""The recipe: one YAML file for the whole pipeline. Unknown keys are errors, values are frozen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from recipes.gate import Gate
+
+Source = Annotated[
+    str, StringConstraints(pattern=r"^(hub:[\w.-]+(/[\w.-]+)?|path:.+|package:[\w.-]+/.+|python:[\w.]+:\w+)$")
+]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """Where the weights come from, and the name the result is registered under."""
+
+    name: Name
+    source: Source
+    revision: str | None = None
+
+
+class Label(Section):
+    """A label from a number: below `cut` is the first class, above it the second, near it is left out."""
+
+    column: str
+    cut: float
+    margin: float = Field(0.0, ge=0)
+
+
+class Image(Section):
+    """An image laid out in the first columns of a table, row by row; pixels are multiplied by `scale`."""
+
+    shape: tuple[int, int, int]
+    scale: float = 1.0
+
+
+class Split(Section):
+    """Rows in each part; they are disjoint, and drawn with `seed`. Calibration rows are training rows."""
+
+    train: int = Field(ge=1)
+    test: int = Field(ge=1)
+    calibration: int = Field(256, ge=1)
+    seed: int = 0
+
+
+class Data(Section):
+    """Labelled rows: a file, a folder, a package or a hub data set, and how to read it."""
+
+    source: Source
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+    format: Literal["csv", "json", "parquet"] | None = None
+    read: dict[str, Any] = Field(default_factory=dict)
+    text: str | None = None
+    image: Image | None = None
+    label: str | Label
+    labels: tuple[str, ...] = Field(min_length=2)
+    split: Split
+    max_length: int = Field(128, ge=2, le=8192)
+
+
+class Finetune(Section):
+    """One training with the Hugging Face Trainer; used for the baseline and again for QAT."""
+
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    seed: int = 0
+
+
+class Sparsify(Section):
+    """2:4 pruning with ModelOpt; `exclude` holds module name patterns (`*classifier*`)."""
+
+    method: Literal["magnitude", "sparsegpt"] = "magnitude"
+    exclude: tuple[str, ...] = ()
+
+
+class Quantize(Section):
+    """Calibration with ModelOpt over `data.split.calibration` rows."""
+
+    format: Literal["int8", "fp8"]
+    algorithm: Literal["max", "smoothquant"] = "max"
+    embeddings: bool = False
+    exclude: tuple[str, ...] = ()
+    batch_size: int = Field(32, ge=1)
+
+
+class Export(Section):
+    """ONNX; 20 is the first opset with everything FP8 needs."""
+
+    opset: int = Field(20, ge=17, le=23)
+
+
+class Build(Section):
+    """The runtime that serves (`runtime`), and further ones built beside it where they are installed."""
+
+    runtime: Runtime = "onnxruntime"
+    also: tuple[Runtime, ...] = ()
+    threads: int | None = Field(None, ge=1)
+    max_batch: int = Field(64, ge=1)
+    timeout_minutes: float = Field(60, gt=0)
+
+    @model_validator(mode="after")
+    def _target_once(self) -> Build:
+        if self.runtime in self.also:
+            raise ValueError(f"`also` names the target runtime {self.runtime} again; leave it out there")
+        return self
+
+
+class Benchmark(Section):
+    """Interleaved rounds of candidate and baseline at each batch size."""
+
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), min_length=1)
+    rounds: int = Field(20, ge=5)
+    calls_per_round: int = Field(5, ge=1)
+    warmup: int = Field(3, ge=1)
+
+
+class Recipe(Section):
+    """Everything one run needs; `name` is the file's name."""
+
+    name: Name
+    task: Literal["text-classification", "image-classification"]
+    model: Model
+    data: Data
+    finetune: Finetune | None = None
+    sparsify: Sparsify | None = None
+    quantize: Quantize | None = None
+    qat: Finetune | None = None
+    export: Export = Export()
+    build: Build = Build()
+    benchmark: Benchmark = Benchmark()
+    gate: Gate
+    promote: Literal["auto", "manual"] = "auto"
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        column = {"text-classification": "text", "image-classification": "image"}[self.task]
+        if getattr(self.data, column) is None:
+            raise ValueError(f"task {self.task} needs data.{column}")
+        if self.model.source.startswith("python:") and self.finetune is None:
+            raise ValueError("a python: model starts from random weights; add a finetune section")
+        if self.qat is not None and self.quantize is None and self.sparsify is None:
+            raise ValueError("qat trains with mask or quantizers on; add a sparsify or quantize section")
+        if max(self.benchmark.batch_sizes) > self.build.max_batch:
+            raise ValueError("benchmark.batch_sizes goes beyond build.max_batch")
+        return self

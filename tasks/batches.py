@@ -1,0 +1,51 @@
+"""A dataset's rows as model inputs: the same encoding for training, calibration, export and the engines."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tasks import store, types
+from tasks.artifacts import Checkpoint, Dataset
+from tasks.load import rows
+from tasks.types import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def examples(dataset: Dataset, part: str, preprocessor: Path) -> tuple[list[Example], np.ndarray]:
+    """Every encoded example of a part, and the labels as int64 of shape (rows,)."""
+    kind = types.load(dataset.type)
+    table = rows(dataset, part)
+    encoded = kind.encode(preprocessor, table[kind.COLUMN])
+    return encoded, np.asarray(table["label"], dtype=np.int64)
+
+
+def batches(dataset: Dataset, part: str, preprocessor: Path, size: int) -> Iterator[Example]:
+    """The part in order, collated into batches of at most `size`."""
+    kind = types.load(dataset.type)
+    encoded, _ = examples(dataset, part, preprocessor)
+    for start in range(0, len(encoded), size):
+        yield kind.collate(encoded[start : start + size])
+
+
+def samples(dataset: Dataset, preprocessor: Path, count: int = 4, size: int = 8) -> list[Example]:
+    """A few real batches from the calibration rows, for parity checks and shapes."""
+    return list(itertools.islice(batches(dataset, "calibration", preprocessor, size), count))
+
+
+def tensors(batch: Example) -> dict[str, Tensor]:
+    """A batch for torch, sharing memory."""
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def preprocessor(checkpoint: Checkpoint) -> Path:
+    """The folder with tokenizer or image settings."""
+    return store.path(checkpoint.blob) / "preprocessor"

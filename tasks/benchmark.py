@@ -1,0 +1,128 @@
+"""Measure latency and memory of engines side by side: interleaved rounds, real inputs, nothing dropped.
+
+python -m flows optimize RECIPE     (stage `benchmark`)
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from recipes.schema import Benchmark
+from tasks import batches, store, types
+from tasks.artifacts import Dataset, Engine, Metrics
+from tasks.engines.common import Session
+from tasks.measurements import latency_summary
+from tasks.running import opened
+from tasks.stage import stage
+
+
+@stage(uses=("onnxruntime", "tensorrt", "numpy"), name="benchmark", timeout_seconds=3600)
+def benchmark(
+    engines: dict[str, Engine], dataset: Dataset, section: Benchmark, threads: int | None, host: str
+) -> Metrics:
+    """Seconds per call: engine -> batch size -> rounds -> calls, in `latency.json`; peak memory in bytes.
+
+    One benchmark at a time on a host: a file lock keeps a second one waiting.
+    """
+    inputs = {size: _batch(dataset, next(iter(engines.values())), size) for size in section.batch_sizes}
+    lock = FileLock(store.home() / "benchmark.lock")
+    with lock, ExitStack() as stack:
+        before = os.getloadavg()[0]
+        sessions = {name: stack.enter_context(opened(engine, threads)) for name, engine in engines.items()}
+        rounds = _rounds(sessions, inputs, section)
+        memory = {
+            name: _peak_memory(engine, inputs[max(inputs)], threads) for name, engine in engines.items()
+        }
+    with store.staging() as folder:
+        (folder / "latency.json").write_text(json.dumps(rounds))
+        blob = store.commit(folder)
+    values: dict[str, float] = {f"{name}_peak_memory": float(size) for name, size in memory.items()}
+    for name, by_size in rounds.items():
+        for size, calls in by_size.items():
+            summary = latency_summary(calls, size)
+            values |= {f"{name}_{key}_b{size}": summary[key] for key in ("p50", "p99", "throughput")}
+    facts = {
+        "host": host,
+        "threads": threads or os.cpu_count(),
+        "load_before": before,
+        "load_after": os.getloadavg()[0],
+        "clocks_mhz": _clocks(),
+        "rounds": section.rounds,
+        "calls_per_round": section.calls_per_round,
+        "warmup": section.warmup,
+        "shapes": {str(size): {k: list(v.shape) for k, v in feed.items()} for size, feed in inputs.items()},
+    }
+    return Metrics(values, blob, facts)
+
+
+def _batch(dataset: Dataset, engine: Engine, size: int) -> types.Example:
+    encoded, _ = batches.examples(dataset, "test", store.path(engine.preprocessor))
+    chosen = np.random.default_rng(0).integers(len(encoded), size=size)
+    return types.load(dataset.type).collate([encoded[k] for k in chosen])
+
+
+def _rounds(
+    sessions: dict[str, Session], inputs: dict[int, types.Example], section: Benchmark
+) -> dict[str, dict[int, list[list[float]]]]:
+    for feed in inputs.values():
+        for session in sessions.values():
+            for _ in range(section.warmup):
+                session.run(feed)
+    found: dict[str, dict[int, list[list[float]]]] = {
+        name: {size: [] for size in inputs} for name in sessions
+    }
+    names = list(sessions)
+    for number in tqdm(range(section.rounds), desc="benchmark", unit="round"):
+        for size, feed in inputs.items():
+            for name in names if number % 2 == 0 else reversed(names):
+                calls = [_seconds(sessions[name], feed) for _ in range(section.calls_per_round)]
+                found[name][size].append(calls)
+    return found
+
+
+def _seconds(session: Session, feed: types.Example) -> float:
+    started = time.perf_counter()
+    session.run(feed)
+    return time.perf_counter() - started
+
+
+def _peak_memory(engine: Engine, feed: types.Example, threads: int | None) -> int:
+    """Bytes that opening and running the engine adds to a fresh process's peak."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_grow, (engine, feed, threads))
+
+
+def _grow(engine: Engine, feed: types.Example, threads: int | None) -> int:
+    if engine.plan.runtime == "onnxruntime":
+        import onnxruntime  # noqa: F401  the library itself is not the engine's memory
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with opened(engine, threads) as session:
+        session.run(feed)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
+
+
+def _clocks() -> list[float]:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    except OSError:
+        return []
+
+
+def loaded(timing: Metrics) -> dict[str, dict[int, Any]]:
+    """What `latency.json` holds, batch sizes as numbers again."""
+    assert timing.blob is not None
+    content = json.loads((store.path(timing.blob) / "latency.json").read_text())
+    return {name: {int(size): rounds for size, rounds in by.items()} for name, by in content.items()}

@@ -1,0 +1,106 @@
+"""Build an engine from ONNX for one runtime, prove what this machine can prove, and say how far that went.
+
+python -m flows optimize RECIPE     (stage `build`)
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from recipes.schema import Build, Runtime
+from tasks import batches, store, types
+from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
+from tasks.engines import module
+from tasks.engines.common import Built, graph_digest
+from tasks.stage import stage
+
+
+def installed(runtime: Runtime) -> str | None:
+    """The runtime's version on this machine, None without it."""
+    if runtime == "onnxruntime":
+        return str(module(runtime).version())
+    found = module(runtime).version(runtime.replace("-", "_"))
+    return None if found is None else str(found)
+
+
+def host(runtime: Runtime) -> str:
+    """What a plan and its measurements depend on here: device and runtime version."""
+    return f"{module(runtime).device()}, {runtime} {installed(runtime)}"
+
+
+def precision(runtime: Runtime) -> Literal["fp32", "fp16"]:
+    """What stays unquantized is FP16 for TensorRT; ONNX Runtime's CPU kernels are FP32."""
+    return "fp32" if runtime == "onnxruntime" else "fp16"
+
+
+@stage(
+    uses=("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "polygraphy"),
+    name="build",
+    timeout_seconds=4 * 3600,
+)
+def build(
+    model: OnnxModel, checkpoint: Checkpoint, dataset: Dataset, section: Build, runtime: Runtime, host: str
+) -> Engine:
+    """Plan and weights for `runtime`; `host` (see the function) is part of the cache key.
+
+    `proved` is `executed` when it ran here, `built` when a plan was made that cannot run here,
+    `checked` when the runtime is not installed: then the plan is the checked ONNX itself.
+    """
+    with store.staging() as folder:
+        shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
+        if installed(runtime) is None:
+            built = _only_checked(model, folder, runtime)
+        else:
+            samples = batches.samples(dataset, folder / "preprocessor")
+            options = _options(runtime, section, dataset, folder / "preprocessor", samples[0])
+            built = module(runtime).build(store.path(model.blob), folder, samples=samples, **options)
+        return _engine(built, folder, model.format)
+
+
+def _engine(built: Built, folder: Path, format: str) -> Engine:
+    weights = folder / "weights"
+    return Engine(
+        plan=Plan(store.commit(folder / "plan"), built.graph, built.runtime, built.version, built.device),
+        weights=store.commit(weights) if weights.is_dir() else None,
+        preprocessor=store.commit(folder / "preprocessor"),
+        format=format,
+        proved=built.proved,
+        facts=built.facts,
+    )
+
+
+def _only_checked(model: OnnxModel, folder: Path, runtime: str) -> Built:
+    import onnx
+
+    shutil.copytree(store.path(model.blob), folder / "plan")
+    graph = onnx.load(folder / "plan" / "model.onnx", load_external_data=False)
+    why = f"{runtime} is not installed here; the plan is the ONNX, to be built where it is"
+    return Built(graph_digest(graph), runtime, "none", "none", "checked", {"why": why})
+
+
+def _options(
+    runtime: Runtime, section: Build, dataset: Dataset, preprocessor: Path, sample: types.Example
+) -> dict[str, Any]:
+    if runtime == "onnxruntime":
+        return {"threads": section.threads}
+    longest = types.settings(preprocessor).get("max_length")
+    axes = types.load(dataset.type).INPUTS
+    profile = {
+        name: {
+            "min": _shape(array.shape, axes[name], {"batch": 1, "length": 1}),
+            "opt": _shape(array.shape, axes[name], {"batch": min(8, section.max_batch)}),
+            "max": _shape(array.shape, axes[name], {"batch": section.max_batch, "length": longest}),
+        }
+        for name, array in sample.items()
+    }
+    return {
+        "flavor": runtime.replace("-", "_"),
+        "profiles": [profile],
+        "timeout": section.timeout_minutes * 60,
+    }
+
+
+def _shape(shape: tuple[int, ...], axes: dict[int, str], sizes: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(sizes.get(axes.get(k, ""), size) for k, size in enumerate(shape))

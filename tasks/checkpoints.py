@@ -1,0 +1,183 @@
+"""Checkpoints on disk, exact: config, safetensors, and ModelOpt's state (mask, quantizers) beside them.
+
+Restoring builds the network from its config, applies ModelOpt's state, then loads every tensor: bit for bit
+what was saved, where `from_pretrained` would lose masks and nested models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks import store
+from tasks.artifacts import Checkpoint, Facts
+from tasks.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+STATE = "modelopt_state.pth"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """ModelOpt prints a line per step and warns of versions that work; neither is for the user."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def from_pretrained(source: Path, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A sequence classifier from a Hugging Face folder; only the head may be new."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    if not (source / "config.json").is_file():
+        raise InputError(f"model.source: {source} has no config.json, so it is no Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(source, num_labels=labels)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"model.source: {source} does not fit its config: {error}") from error
+    trunk = f"{model.base_model_prefix}."
+    # A pooler is part of the head: encoders trained without one are common.
+    missing = [k for k in report["missing_keys"] if k.startswith(trunk) and ".pooler." not in k]
+    if missing or report["mismatched_keys"]:
+        names = [*missing, *(str(key) for key in report["mismatched_keys"])]
+        raise InputError(
+            f"model.source: {source} does not fit its config; wrong or missing: {', '.join(names[:5])}"
+        )
+    return model, model.config.to_dict()
+
+
+def from_function(target: str, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that the user's `module:function` returns for a number of labels."""
+    import torch
+
+    torch.manual_seed(seed)
+    return _classifier(target, labels), {"model_type": "python", "function": target, "labels": labels}
+
+
+def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, facts: Facts) -> Checkpoint:
+    """Write the model into a staging folder (which holds the preprocessor already) and commit it."""
+    with quiet():
+        import modelopt.torch.opt as mto
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if broken:
+        raise InputError(
+            f"the weights hold NaN or infinity: {', '.join(broken[:5])}; lower the learning rate"
+        )
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, sort_keys=True, indent=1, default=str))
+    identity = store.digest(folder)
+    if mto.ModeloptStateManager.is_converted(model):
+        torch.save(mto.modelopt_state(model), folder / STATE)
+    return Checkpoint(store.commit(folder), task, identity, facts)
+
+
+def restore(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
+    """The network exactly as it was saved, and its config."""
+    return restore_folder(store.path(checkpoint.blob))
+
+
+def restore_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a checkpoint folder, and its config."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "python":
+        model = _classifier(config["function"], config["labels"])
+    else:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        model = AutoModelForSequenceClassification.from_config(
+            AutoConfig.from_pretrained(folder), attn_implementation="eager"
+        )
+    if (folder / STATE).is_file():
+        with quiet():
+            import modelopt.torch.opt as mto
+
+            mto.restore_from_modelopt_state(model, modelopt_state_path=folder / STATE)
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint does not fit its config: {error}") from error
+    return model.eval(), config
+
+
+def parameters(model: nn.Module) -> int:
+    """How many trained numbers the network has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def groups_2_4(weight: Tensor) -> tuple[int, int]:
+    """Groups of 4 along K that hold at most 2 non-zeros, and all groups.
+
+    K is the second axis of a linear weight (out, in) and of a convolution (out, in, kh, kw).
+    """
+    along_k = weight.movedim(1, -1).reshape(-1, weight.shape[1])
+    whole = along_k[:, : along_k.shape[1] // 4 * 4].reshape(-1, 4)
+    return int(((whole != 0).sum(dim=1) <= 2).sum()), whole.shape[0]
+
+
+def sparse_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that ModelOpt's mask is on, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "_weight_mask")}
+
+
+def sparsity(model: nn.Module) -> Facts:
+    """Exact 2:4 counts over the masked modules; empty when none is masked."""
+    counts = {name: groups_2_4(module.weight.detach()) for name, module in sparse_modules(model).items()}  # type: ignore[operator]
+    if not counts:
+        return {}
+    return {
+        "modules": len(counts),
+        "exact_modules": sum(valid == total for valid, total in counts.values()),
+        "groups": sum(total for _, total in counts.values()),
+        "valid_groups": sum(valid for valid, _ in counts.values()),
+        "names": sorted(counts),
+    }
+
+
+def quantizers(model: nn.Module) -> list[str]:
+    """Names of the enabled quantizers."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.endswith("_quantizer") and getattr(module, "is_enabled", False)
+    ]
+
+
+def _classifier(target: str, labels: int) -> nn.Module:
+    from torch import nn
+    from transformers.modeling_outputs import ImageClassifierOutput
+
+    class Classifier(nn.Module):
+        """Gives a plain network the keyword input and the output that the Trainer expects."""
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
+            return ImageClassifierOutput(logits=self.net(pixel_values))
+
+    module, _, name = target.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"model.source: python:{target} cannot be imported: {error}") from error
+    return Classifier(function(labels))

@@ -1,0 +1,224 @@
+"""The ONNX Runtime engine: a lowered plan without values, its weights apart, and a proof of what runs.
+
+`build` lowers the graph to the runtime's fast INT8 kernels, splits it, and keeps the fastest
+optimization level whose outputs agree with the unlowered, unoptimized graph on real inputs.
+`refit` replays the same steps on a new training's ONNX and takes it only when the plan comes out
+the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from tasks.artifacts import Facts
+from tasks.engines.common import Arrays, Built, RefitError, Samples, graph_digest, model_file
+from tasks.engines.lowering import Steps, lower, requantize
+from tasks.engines.lowering.split import PLAN, PLAN_INDEX, WEIGHTS, WEIGHTS_INDEX, load, sha256, split, table
+from tasks.engines.onnxruntime_proof import proof
+from tasks.engines.onnxruntime_session import (
+    LEVELS,
+    OrtSession,
+    check_plan,
+    device,
+    open,
+    start,
+    table_problem,
+    version,
+)
+from tasks.errors import InputError
+
+__all__ = ["OrtSession", "build", "device", "open", "parity", "proof", "refit", "version"]
+
+RUNTIME = "onnxruntime"
+# Largest and mean error allowed, as shares of the largest reference output. Rounding that falls the other
+# way moves single outputs by a few hundredths on a network with outliers; a wrong graph is off by whole ones.
+MAX_LIMIT, MEAN_LIMIT = 0.10, 0.02
+REQUANTIZE_LIMIT = 0.20  # mean error of the steps that change numbers; the accuracy gate judges them
+
+
+def build(model: Path, folder: Path, *, samples: Samples, threads: int | None = None) -> Built:
+    """Write `folder/plan` and `folder/weights`; `samples` are real inputs, `threads` None means all cores."""
+    assert samples, "parity needs at least one sample"
+    began = time.perf_counter()
+    source = load(model_file(model))
+    digest = graph_digest(source)
+    wanted, changes, facts = _requantized(source, samples, threads)
+    expected = _outputs(wanted, samples, threads)
+    for lowered, steps in (lower(wanted), (wanted, [])):
+        index = {"graph": digest, "requantize": changes, "steps": steps}
+        trials = _write(lowered, folder, index, samples, expected, threads)
+        if trials[-1]["agrees"]:
+            break
+    else:
+        raise InputError(f"{model}: ONNX Runtime {version()} cannot run this graph: {trials[-1]}")
+    facts |= {**trials[-1], "levels": trials, "requantize": changes, "steps": steps}
+    facts |= _sizes(folder / "plan", folder / "weights")
+    facts["proof"] = proof(folder / "plan", folder / "weights", samples[0], threads=threads)
+    facts["build_seconds"] = time.perf_counter() - began
+    return Built(digest, RUNTIME, version() or "", device(), "executed", facts)
+
+
+def refit(plan: Path, model: Path, folder: Path, *, samples: Samples, threads: int | None = None) -> Built:
+    """Write `folder/weights` for an existing plan; RefitError when that is not certain to be right."""
+    assert samples, "parity needs at least one sample"
+    began = time.perf_counter()
+    index = check_plan(plan)
+    source = load(model_file(model))
+    digest = graph_digest(source)
+    if digest != index["graph"]:
+        raise RefitError(f"{model} has another graph ({digest}) than {plan} ({index['graph']})")
+    wanted, changes = requantize(source) if index["requantize"] else (source, [])
+    lowered, steps = lower(wanted) if index["steps"] else (wanted, [])
+    if (changes, steps) != (index["requantize"], index["steps"]):
+        raise RefitError(
+            f"{model} lowers by other steps than {plan}: {_first_difference(index, changes, steps)}"
+        )
+    _same_plan(lowered, plan, folder / "weights")
+    trial = _trial(
+        plan, folder / "weights", index["level"], samples, _outputs(wanted, samples, threads), threads
+    )
+    if not trial["agrees"]:
+        raise RefitError(f"{model} on {plan} gives other outputs than its own graph: {trial}")
+    facts = {**trial, **_sizes(plan, folder / "weights")}
+    facts["proof"] = proof(plan, folder / "weights", samples[0], threads=threads)
+    facts["refit_seconds"] = time.perf_counter() - began
+    return Built(digest, RUNTIME, index["version"], index["device"], "executed", facts)
+
+
+def parity(expected: Sequence[Arrays], got: Sequence[Arrays]) -> dict[str, float]:
+    """Maximum and mean absolute error over all outputs, and both as shares of the largest value.
+
+    Equal values have no error, even infinite ones; any other value that is not finite has an infinite one.
+    """
+    pairs = [(want[name], out[name]) for want, out in zip(expected, got, strict=True) for name in want]
+    errors = np.concatenate([_errors(a, b) for a, b in pairs])
+    finite = [np.abs(a[np.isfinite(a)]).max(initial=0.0) for a, _ in pairs]
+    scale = float(max(finite)) or 1.0
+    largest, mean = float(errors.max()), float(errors.mean())
+    return {
+        "max_error": largest,
+        "mean_error": mean,
+        "max_error_share": largest / scale,
+        "mean_error_share": mean / scale,
+    }
+
+
+def _errors(want: np.ndarray, got: np.ndarray) -> np.ndarray:
+    if want.shape != got.shape:
+        return np.array([np.inf])
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(want.astype(np.float64) - got.astype(np.float64)).ravel()
+    difference[(want == got).ravel()] = 0.0
+    return np.where(np.isfinite(difference), difference, np.inf)
+
+
+def _requantized(
+    source: onnx.ModelProto, samples: Samples, threads: int | None
+) -> tuple[onnx.ModelProto, Steps, Facts]:
+    """The graph with large embedding tables in INT8, unless its outputs then move too far."""
+    changed, changes = requantize(source)
+    if not changes:
+        return source, [], {}
+    errors = parity(_outputs(source, samples, threads), _outputs(changed, samples, threads))
+    if errors["mean_error_share"] > REQUANTIZE_LIMIT:
+        return source, [], {"requantize_refused": errors}
+    return changed, changes, {"requantize_error": errors}
+
+
+def _outputs(model: onnx.ModelProto, samples: Samples, threads: int | None) -> list[dict[str, np.ndarray]]:
+    """What the graph says: its outputs without any optimization."""
+    with tempfile.TemporaryDirectory() as name:
+        split(model, Path(name), Path(name))
+        with start(Path(name) / PLAN, Path(name), level="disabled", threads=threads) as session:
+            return [session.run(sample) for sample in samples]
+
+
+def _write(
+    model: onnx.ModelProto,
+    folder: Path,
+    index: Facts,
+    samples: Samples,
+    expected: Sequence[Arrays],
+    threads: int | None,
+) -> list[Facts]:
+    """Write plan and weights at the first level that agrees; all levels tried, the kept one last."""
+    plan, weights = folder / "plan", folder / "weights"
+    split(model, plan, weights)
+    trials: list[Facts] = []
+    for level in LEVELS:
+        about = {"runtime": RUNTIME, "version": version(), "device": device(), "level": level}
+        _dump(plan / PLAN_INDEX, {**about, **index, "sha256": sha256(plan / PLAN)})
+        _index_weights(model_table(plan), plan, weights)
+        trials.append(_trial(plan, weights, level, samples, expected, threads))
+        if trials[-1]["agrees"]:
+            break
+    return trials
+
+
+def model_table(plan: Path) -> dict[str, list[object]]:
+    """The tensors that a plan expects, with dtype and shape."""
+    return table(onnx.load(plan / PLAN, load_external_data=False))
+
+
+def _index_weights(tensors: dict[str, list[object]], plan: Path, weights: Path) -> None:
+    sums = {"plan": sha256(plan / PLAN), "sha256": sha256(weights / WEIGHTS)}
+    _dump(weights / WEIGHTS_INDEX, {**sums, "tensors": tensors})
+
+
+def _trial(
+    plan: Path,
+    weights: Path,
+    level: str,
+    samples: Samples,
+    expected: Sequence[Arrays],
+    threads: int | None,
+) -> Facts:
+    began = time.perf_counter()
+    try:
+        session = open(plan, weights, level=level, threads=threads)
+    except InputError as error:
+        return {"level": level, "agrees": False, "error": str(error)}
+    seconds = time.perf_counter() - began
+    with session:
+        errors = parity(expected, [session.run(sample) for sample in samples])
+    agrees = errors["max_error_share"] <= MAX_LIMIT and errors["mean_error_share"] <= MEAN_LIMIT
+    return {"level": level, "agrees": agrees, "open_seconds": seconds, **errors}
+
+
+def _same_plan(model: onnx.ModelProto, plan: Path, weights: Path) -> None:
+    """Write the weights, and raise unless the graph without them is the plan, byte for byte."""
+    with tempfile.TemporaryDirectory() as name:
+        split(model, Path(name), weights)
+        tensors = model_table(Path(name))
+        problem = table_problem(model_table(plan), tensors)
+        if not problem and sha256(Path(name) / PLAN) != sha256(plan / PLAN):
+            problem = "a value that the plan holds itself (an attribute or a shape) is another one"
+    if problem:
+        raise RefitError(f"{plan} cannot take these weights: {problem}")
+    _index_weights(tensors, plan, weights)
+
+
+def _first_difference(index: Facts, changes: Steps, steps: Steps) -> str:
+    before, after = [*index["requantize"], *index["steps"]], [*changes, *steps]
+    for old, new in zip(before, after, strict=False):
+        if old != new:
+            return f"{old} became {new}"
+    return f"{len(before)} steps became {len(after)}"
+
+
+def _sizes(plan: Path, weights: Path) -> Facts:
+    return {
+        name: sum(f.stat().st_size for f in path.iterdir())
+        for name, path in (("plan_bytes", plan), ("weights_bytes", weights))
+    }
+
+
+def _dump(path: Path, value: Facts) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

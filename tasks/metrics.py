@@ -1,0 +1,183 @@
+"""Metrics by name: what they take, which way is better, and the score of each example where there is one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from tasks.errors import InputError
+
+Takes = Literal["label", "probability", "value", "vector", "loss"]
+PairFunction = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of (predictions, references).
+
+    `takes` says what a prediction is: a class label, class probabilities, a number, a vector (the reference
+    is one, too), or the summed loss of a text (the reference is its number of tokens). With `scores` the
+    metric is the mean of these per-example values. `points`: a share, spoken of in points of 100.
+    """
+
+    name: str
+    value: Callable[[Any, Any], float]
+    scores: PairFunction | None = None
+    takes: Takes = "label"
+    higher_is_better: bool = True
+    points: bool = True
+
+
+def metric(name: str) -> Metric:
+    """The metric of this name; an unknown one is an InputError that names the nearest."""
+    if name.startswith("python:"):
+        return _python(name)
+    if found := re.fullmatch(r"recall@([1-9]\d*)", name):
+        return _mean(name, partial(_retrieved, k=int(found[1])), takes="vector")
+    return OWN[name] if name in OWN else _sklearn(name)
+
+
+def scores(metric: Metric, predictions: Any, references: Any) -> tuple[float, ...] | None:
+    """Each example's score, or None where the metric is not a mean of them."""
+    if metric.scores is None:
+        return None
+    values = np.asarray(metric.scores(np.asarray(predictions), np.asarray(references)), dtype=float)
+    return tuple(values.tolist())
+
+
+def _mean(name: str, function: PairFunction, **options: Any) -> Metric:
+    return Metric(name, lambda p, r: float(np.mean(function(p, r))), function, **options)
+
+
+def _right(predictions: Any, references: Any) -> Any:
+    return np.asarray(predictions) == np.asarray(references)
+
+
+def _squared(predictions: Any, references: Any) -> Any:
+    return np.square(_numbers(predictions) - _numbers(references))
+
+
+def _absolute(predictions: Any, references: Any) -> Any:
+    return np.abs(_numbers(predictions) - _numbers(references))
+
+
+def _cosine(predictions: Any, references: Any) -> Any:
+    return np.sum(_unit(predictions) * _unit(references), axis=1)
+
+
+def _retrieved(predictions: Any, references: Any, k: int) -> Any:
+    """Whether query i finds document i among the k nearest; a tie counts against it."""
+    similar = _unit(predictions) @ _unit(references).T
+    return (similar >= np.diag(similar)[:, None]).sum(axis=1) <= k
+
+
+def _macro_f1(predictions: Any, references: Any) -> float:
+    labels, codes = np.unique(np.concatenate([references, predictions]), return_inverse=True)
+    true, guess = codes[: len(references)], codes[len(references) :]
+    hits = np.bincount(true[true == guess], minlength=len(labels))
+    total = np.bincount(true, minlength=len(labels)) + np.bincount(guess, minlength=len(labels))
+    return float(np.mean(2 * hits / total))
+
+
+def _perplexity(predictions: Any, references: Any) -> float:
+    return float(np.exp(_numbers(predictions).sum() / _numbers(references).sum()))
+
+
+def _rmse(predictions: Any, references: Any) -> float:
+    return float(np.sqrt(np.mean(_squared(predictions, references))))
+
+
+def _numbers(values: Any) -> Any:
+    return np.asarray(values, dtype=float)
+
+
+def _unit(vectors: Any) -> Any:
+    vectors = _numbers(vectors)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+
+
+OWN: dict[str, Metric] = {
+    made.name: made
+    for made in (
+        _mean("accuracy", _right),
+        Metric("f1", _macro_f1),
+        _mean("mae", _absolute, takes="value", higher_is_better=False, points=False),
+        _mean("mse", _squared, takes="value", higher_is_better=False, points=False),
+        Metric("rmse", _rmse, takes="value", higher_is_better=False, points=False),
+        _mean("cosine", _cosine, takes="vector", points=False),
+        Metric("perplexity", _perplexity, takes="loss", higher_is_better=False, points=False),
+    )
+}
+
+
+def _python(name: str) -> Metric:
+    """A function(predictions, references) -> a float, or one value per example.
+
+    Optional attributes of the function: `per_example`, `takes`, `higher_is_better`, `points`.
+    """
+    module, _, attribute = name.removeprefix("python:").partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise InputError(
+            f"metric {name!r}: {problem}. Write python:package.module:function, importable from here."
+        ) from problem
+    options = {
+        key: getattr(function, key)
+        for key in ("takes", "higher_is_better", "points")
+        if hasattr(function, key)
+    }
+    if getattr(function, "per_example", False):
+        return _mean(name, function, **{"points": False, **options})
+    return Metric(name, lambda p, r: float(function(p, r)), **{"points": False, **options})
+
+
+def _sklearn(name: str) -> Metric:
+    """A scorer (`f1_weighted`, `r2`, `roc_auc`) or a function (`matthews_corrcoef`) of scikit-learn."""
+    from sklearn import metrics
+
+    if name in metrics.get_scorer_names():
+        return _scorer(name, metrics.get_scorer(name))
+    function = getattr(metrics, name, None)
+    if not inspect.isfunction(function) or list(inspect.signature(function).parameters)[:1] != ["y_true"]:
+        raise InputError(_unknown(name))
+    lower = name.endswith(("_error", "_loss", "_deviance"))
+    second = list(inspect.signature(function).parameters)[1]
+    takes: Takes = (
+        "probability" if second in ("y_score", "y_prob", "y_proba") else "value" if lower else "label"
+    )
+    return Metric(name, lambda p, r: float(function(r, p)), None, takes, not lower, not lower)
+
+
+def _scorer(name: str, scorer: Any) -> Metric:
+    asked = scorer._response_method
+    takes: Takes = "probability" if asked != "predict" else "value" if name in REGRESSION else "label"
+    takes = "value" if name.startswith("neg_") and takes == "label" else takes
+
+    def value(predictions: Any, references: Any) -> float:
+        if np.shape(predictions)[1:] == (2,) and name != "neg_log_loss":
+            predictions = predictions[:, 1]  # scikit-learn wants the second class's alone
+        return float(scorer._sign * scorer._score_func(references, predictions, **scorer._kwargs))
+
+    return Metric(name, value, None, takes, points=takes != "value" and not name.startswith("neg_"))
+
+
+REGRESSION = ("r2", "explained_variance", "d2_absolute_error_score")
+
+
+def _unknown(name: str) -> str:
+    from sklearn import metrics
+
+    known = [*OWN, "recall@1", "recall@5", "recall@10", *metrics.get_scorer_names()]
+    known += [other for other in dir(metrics) if other.endswith(("_score", "_error", "_loss", "_corrcoef"))]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f" Nearest: {', '.join(near)}." if near else ""
+    return f"metric {name!r} is not known.{hint} Or name a function: python:package.module:function."

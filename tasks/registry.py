@@ -1,0 +1,323 @@
+"""The registry: the only file that talks to MLflow. Runs, registered versions, aliases, champions.
+
+python -m flows optimize RECIPE     (stages `find champion`, `register` and `promote`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from prefect import task
+
+from tasks import store
+from tasks.artifacts import Blob, Engine, Plan, Proved, Version
+from tasks.errors import InputError
+from tasks.manifest import Attempt, manifest, metrics, versions
+from tasks.measurements import measurements_from_json
+from tasks.report import report
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+EXPERIMENT = "enginehouse"
+SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
+SERVING_LIBRARIES = ("mlflow", "numpy", "onnx", "onnxruntime", "tokenizers", "pandas", "ml_dtypes")
+
+
+def client() -> MlflowClient:
+    """MLflow's client, on MLFLOW_TRACKING_URI or else on SQLite below the state folder."""
+    import mlflow
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        store.prepare()
+        uri = default_uri()
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient()
+
+
+def default_uri() -> str:
+    """SQLite below the state folder."""
+    return f"sqlite:///{store.home() / 'mlflow.db'}"
+
+
+@task(name="find champion", retries=2, retry_delay_seconds=5, persist_result=False)
+def champion(model: str) -> tuple[str, Engine] | None:
+    """The champion's version and engine, its files checked against their digests; None without one."""
+    mlflow = client()
+    version = _aliased(mlflow, model, CHAMPION)
+    if version is None:
+        return None
+    with store.staging() as folder:
+        source = _download(f"models:/{model}/{version.version}", folder / "download")
+        return str(version.version), _engine(source, folder)
+
+
+@task(name="register", retries=2, retry_delay_seconds=5, persist_result=False)
+def register(attempt: Attempt, gate: str, reason: str) -> Version:
+    """Log the run with everything it made, and register its engine with the gate's word and the reason.
+
+    The same engine with the same recipe and verdict is registered once: a repetition finds its version.
+    """
+    mlflow = client()
+    model = attempt.recipe.model.name
+    key = _key(attempt, gate)
+    known = _known(mlflow, model, key)
+    if known is not None:
+        return _version(known, model)
+    content = manifest(attempt)
+    with _run(attempt.recipe.name) as run, tempfile.TemporaryDirectory() as scratch:
+        _log(attempt, content, Path(scratch))
+        uri = _log_model(attempt, Path(scratch))
+        registered = _create_version(mlflow, model, uri, run.info.run_id)
+        tags = {
+            "gate": gate,
+            "proved": attempt.engines["candidate"].proved,
+            "runtime": attempt.engines["candidate"].plan.runtime,
+            "recipe": attempt.recipe.name,
+            "key": key,
+        }
+        for name, value in tags.items():
+            mlflow.set_model_version_tag(model, registered.version, name, value)
+        mlflow.update_model_version(model, registered.version, description=reason)
+        mlflow.set_tag(run.info.run_id, "gate", gate)
+    _keep(content, run.info.run_id)
+    return _version(mlflow.get_model_version(model, registered.version), model)
+
+
+@task(name="promote", retries=2, retry_delay_seconds=5, persist_result=False)
+def promote(version: Version) -> Version:
+    """Give the version the champion alias; only one that passed the gate may have it."""
+    assert version.gate == "passed", f"version {version.version} has gate={version.gate}"
+    mlflow = client()
+    mlflow.set_registered_model_alias(version.model, CHAMPION, version.version)
+    return _version(mlflow.get_model_version(version.model, version.version), version.model)
+
+
+def record_failure(recipe: dict[str, Any], error: BaseException) -> str:
+    """Log a run that ended in an error; nothing is registered. Returns the run's id."""
+    import mlflow
+
+    client()
+    with _run(str(recipe.get("name")), status="FAILED") as run:
+        mlflow.log_text(yaml.safe_dump(recipe, sort_keys=False), "recipe.yaml")
+        mlflow.log_text(f"{type(error).__name__}: {error}\n", "error.txt")
+        mlflow.set_tags({"recipe": recipe.get("name"), "error": str(error)[:4000]})
+    return str(run.info.run_id)
+
+
+@contextmanager
+def _run(name: str, status: str = "FINISHED") -> Iterator[Any]:
+    import mlflow
+
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        local = mlflow.get_tracking_uri() == default_uri()
+        place = (store.home() / "mlartifacts").as_uri() if local else None
+        identity = mlflow.create_experiment(EXPERIMENT, artifact_location=place)
+    else:
+        identity = experiment.experiment_id
+    mlflow.start_run(experiment_id=identity, run_name=name)
+    run = mlflow.active_run()
+    try:
+        yield run
+    except BaseException:
+        mlflow.end_run("FAILED")
+        raise
+    mlflow.end_run(status)
+
+
+def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
+    import mlflow
+
+    mlflow.log_params(_flat(attempt.recipe.model_dump(mode="json")))
+    mlflow.log_metrics(metrics(attempt))
+    mlflow.log_metrics(
+        {f"seconds_{t.stage.replace(' ', '_')}_{k}": t.seconds for k, t in enumerate(attempt.timeline)}
+    )
+    for name, checkpoint in attempt.checkpoints.items():
+        for point in checkpoint.facts.get("curve", []):
+            mlflow.log_metric(f"{name}_loss", point["loss"], step=int(point["step"]))
+    mlflow.log_text(yaml.safe_dump(attempt.recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
+    mlflow.log_dict(content, "manifest.json")
+    if attempt.measurements and attempt.measurements.blob:
+        mlflow.log_artifacts(str(store.path(attempt.measurements.blob)), "gate")
+        _report(attempt, store.path(attempt.measurements.blob), scratch / "report")
+        mlflow.log_artifacts(str(scratch / "report"), "gate")
+    mlflow.log_artifacts(str(store.path(attempt.checkpoints["candidate"].blob)), "checkpoint")
+    for name, model in attempt.onnx.items():
+        mlflow.log_artifacts(str(store.path(model.blob)), f"onnx/{name}")
+    for name, engine in attempt.engines.items():
+        if name != "candidate":
+            _pack(engine, attempt.recipe.build.max_batch, scratch / name)
+            mlflow.log_artifacts(str(scratch / name), f"engines/{name}")
+
+
+def _report(attempt: Attempt, judged: Path, folder: Path) -> None:
+    assert attempt.verdict is not None
+    folder.mkdir()
+    found = measurements_from_json((judged / "measurements.json").read_bytes())
+    report(attempt.verdict, found, attempt.recipe.gate, folder, attempt.recipe.name)
+
+
+def _log_model(attempt: Attempt, scratch: Path) -> str:
+    """The candidate as an MLflow model from code; returns its `models:/m-…` address."""
+    import mlflow
+
+    source = Path(__file__).resolve().parent
+    code = scratch / "tasks"
+    for name in SERVED:
+        place = code / name
+        if (source / name).is_dir():
+            shutil.copytree(source / name, place, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(source / name, place)
+    _pack(attempt.engines["candidate"], attempt.recipe.build.max_batch, scratch / "engine")
+    installed = versions(SERVING_LIBRARIES)
+    info = mlflow.pyfunc.log_model(
+        name=attempt.recipe.model.name,
+        python_model=str(code / "serving.py"),
+        artifacts={"engine": str(scratch / "engine")},
+        code_paths=[str(code)],
+        signature=_signature(attempt),
+        pip_requirements=[f"{name}=={number}" for name, number in installed.items()],
+    )
+    return str(info.model_uri)
+
+
+def _signature(attempt: Attempt) -> Any:
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
+    if attempt.recipe.data.image is None:
+        return ModelSignature(Schema([ColSpec(DataType.string)]), outputs)
+    shape = (-1, *attempt.recipe.data.image.shape)
+    return ModelSignature(Schema([TensorSpec(np.dtype(np.float32), shape)]), outputs)
+
+
+def _pack(engine: Engine, max_batch: int, folder: Path) -> None:
+    """Lay plan, weights, preprocessor and `engine.json` out in one folder."""
+    for name, blob in (
+        ("plan", engine.plan.blob),
+        ("weights", engine.weights),
+        ("preprocessor", engine.preprocessor),
+    ):
+        if blob is not None:
+            shutil.copytree(store.path(blob), folder / name)
+    (folder / "engine.json").write_text(json.dumps(asdict(engine) | {"max_batch": max_batch}))
+
+
+def _engine(source: Path, folder: Path) -> Engine:
+    """The engine in a downloaded model folder, brought into the store; raises InputError when altered."""
+    packed = source / "artifacts" / "engine"
+    content = json.loads((packed / "engine.json").read_text())
+    blobs = {
+        "plan": content["plan"]["blob"],
+        "weights": content["weights"],
+        "preprocessor": content["preprocessor"],
+    }
+    for name, blob in blobs.items():
+        if blob is None:
+            continue
+        shutil.copytree(packed / name, folder / name)
+        if store.commit(folder / name).sha256 != blob["sha256"]:
+            raise InputError(
+                f"the champion's {name} in the registry is not what its digest says; roll back or rebuild"
+            )
+    proved: Proved = content["proved"]
+    return Engine(
+        plan=Plan(**{**content["plan"], "blob": Blob(**blobs["plan"])}),
+        weights=Blob(**blobs["weights"]) if blobs["weights"] else None,
+        preprocessor=Blob(**blobs["preprocessor"]),
+        format=content["format"],
+        proved=proved,
+        facts=content["facts"],
+    )
+
+
+def _download(uri: str, folder: Path) -> Path:
+    import mlflow
+
+    folder.mkdir()
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
+
+
+def _create_version(mlflow: MlflowClient, model: str, uri: str, run_id: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return mlflow.create_model_version(model, uri, run_id=run_id)
+
+
+def _aliased(mlflow: MlflowClient, model: str, alias: str) -> ModelVersion | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return mlflow.get_model_version_by_alias(model, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _known(mlflow: MlflowClient, model: str, key: str) -> ModelVersion | None:
+    found = mlflow.search_model_versions(f"name = '{model}' and tags.key = '{key}'")
+    return mlflow.get_model_version(model, found[0].version) if found else None
+
+
+def _key(attempt: Attempt, gate: str) -> str:
+    engine = attempt.engines["candidate"]
+    parts = [
+        attempt.recipe.model_dump_json(),
+        engine.plan.blob.sha256,
+        engine.weights.sha256 if engine.weights else "",
+        gate,
+        json.dumps(asdict(attempt.verdict)) if attempt.verdict else "",
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _version(found: ModelVersion, model: str) -> Version:
+    assert found.run_id is not None
+    alias = CHAMPION if CHAMPION in found.aliases else None
+    place = str(_manifest_place(found.run_id))
+    return Version(model, str(found.version), found.run_id, found.tags["gate"], alias, place)
+
+
+def _keep(content: dict[str, Any], run_id: str) -> None:
+    place = _manifest_place(run_id)
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def _manifest_place(run_id: str) -> Path:
+    return store.home() / "manifests" / f"{run_id}.json"
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    return flat

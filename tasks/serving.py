@@ -1,0 +1,70 @@
+"""The MLflow model behind `models:/NAME@champion`: texts or images in, labels and scores out.
+
+MLflow runs this file when it loads a version (models from code): no pickle, no torch, no ModelOpt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+
+from tasks import types
+from tasks.engines import open_engine
+from tasks.errors import InputError
+
+
+class EngineModel(PythonModel):
+    """Preprocess, run the engine in batches, decode."""
+
+    def load_context(self, context: Any) -> None:
+        """Open plan and weights on this machine."""
+        folder = Path(context.artifacts["engine"])
+        manifest = json.loads((folder / "engine.json").read_text())
+        weights = folder / "weights"
+        self.preprocessor = folder / "preprocessor"
+        self.settings = types.settings(self.preprocessor)
+        self.largest_batch = int(manifest["max_batch"])
+        self.session = open_engine(
+            manifest["plan"]["runtime"], folder / "plan", weights if weights.is_dir() else None
+        )
+
+    # Without annotations: MLflow would read a type hint here as a schema of its own, and warn.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+        """One `{"label", "score"}` per input; a bad input is named by its place."""
+        values = _values(model_input)
+        kind = types.load(self.settings["type"])
+        for place, value in enumerate(values):
+            try:
+                kind.check(value)
+            except InputError as error:
+                raise InputError(f"input {place}: {error}") from None
+        encoded = kind.encode(self.preprocessor, values)
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(encoded), self.largest_batch):
+            batch = kind.collate(encoded[start : start + self.largest_batch])
+            (logits,) = self.session.run(batch).values()
+            found += types.decode(np.asarray(logits), self.settings["labels"])
+        return found
+
+
+def _values(model_input: Any) -> Sequence[Any]:
+    """The values in a list, an array, or a table's only column."""
+    if hasattr(model_input, "columns"):
+        if len(model_input.columns) != 1:
+            raise InputError(f"expected one column, got {', '.join(map(str, model_input.columns))}")
+        model_input = model_input.iloc[:, 0].tolist()
+    if isinstance(model_input, str):
+        model_input = [model_input]
+    values = list(model_input)
+    if not values:
+        raise InputError("there is nothing to predict: the input is empty")
+    return values
+
+
+set_model(EngineModel())

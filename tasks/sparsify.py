@@ -1,0 +1,70 @@
+"""Prune to 2:4 with ModelOpt: two of every four weights along K become zero and stay zero in training.
+
+python -m flows optimize RECIPE     (stage `sparsify`; before quantizing, the reverse prunes nothing)
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from recipes.schema import Sparsify
+from tasks import batches, checkpoints, store
+from tasks.artifacts import Checkpoint, Dataset
+from tasks.errors import InputError
+from tasks.stage import stage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@stage(uses=("torch", "nvidia-modelopt", "transformers"), name="sparsify", timeout_seconds=3 * 3600)
+def sparsify(checkpoint: Checkpoint, dataset: Dataset, section: Sparsify) -> Checkpoint:
+    """Mask every linear layer and convolution that 2:4 fits, but for those excluded; counted exactly."""
+    model, config = checkpoints.restore(checkpoint)
+    looked_at = _prunable(model)
+    _prune(model, section, batches.batches(dataset, "calibration", batches.preprocessor(checkpoint), 16))
+    counts = checkpoints.sparsity(model)
+    if not counts:
+        raise InputError(
+            "sparsify: nothing was pruned; sizes must be multiples of 16 and names not excluded. "
+            f"Looked at: {', '.join(looked_at) or 'no linear layer or convolution'}"
+        )
+    if counts["valid_groups"] != counts["groups"]:
+        raise InputError(
+            f"sparsify: method {section.method} left {counts['groups'] - counts['valid_groups']} of "
+            f"{counts['groups']} groups denser than 2:4; use method: magnitude"
+        )
+    left_dense = sorted(set(looked_at) - set(counts["names"]))
+    with store.staging() as folder:
+        shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
+        facts = {**checkpoint.facts, "sparsity": counts | {"left_dense": left_dense}}
+        facts.pop("curve", None)
+        return checkpoints.save(model, config, folder, dataset.type, facts)
+
+
+def _prunable(model: nn.Module) -> list[str]:
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+
+def _prune(model: nn.Module, section: Sparsify, data: Any) -> None:
+    import modelopt.torch.sparsity as mts
+
+    rules: dict[str, Any] = {"*": {}, **dict.fromkeys(section.exclude)}
+    mode = {"magnitude": "sparse_magnitude", "sparsegpt": "sparsegpt"}[section.method]
+    loader = [batches.tensors(batch) for batch in data]
+    with checkpoints.quiet():
+        mts.sparsify(
+            model,
+            [(mode, {"nn.Linear": rules, "nn.Conv2d": rules})],
+            config={
+                "data_loader": tqdm(
+                    loader, desc="sparsify", unit="batch", disable=section.method == "magnitude"
+                ),
+                "collect_func": lambda batch: ((), batch),
+            },
+        )

@@ -1,0 +1,153 @@
+"""What makes a plain function a stage of the pipeline: a Prefect task whose result is kept by content.
+
+The key of a result is the digest of the arguments (artifacts count by their content, sections by their
+values), of the source the function runs (its module and the `tasks` modules that one imports), and of the
+versions of the libraries it uses. A stage whose kept artifact is bad or gone runs again.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import prefect
+from prefect.cache_policies import CacheKeyFnPolicy
+
+from tasks import store
+from tasks.artifacts import Blob, Checkpoint
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One stage of this run: what it was called, the seconds it took, whether a kept result served."""
+
+    stage: str
+    seconds: float
+    reused: bool
+
+
+timeline: list[Timing] = []
+"""The stages of this process's current run, in order; the flow clears it at its start."""
+
+
+class Stage(Generic[P, T]):
+    """A Prefect task that verifies what its cache returns; `fn` is the plain function."""
+
+    def __init__(self, fn: Callable[P, T], uses: tuple[str, ...], options: dict[str, Any]) -> None:
+        self.fn = fn
+        policy = CacheKeyFnPolicy(cache_key_fn=lambda _context, inputs: cache_key(fn, uses, inputs))
+        decorate = prefect.task(cache_policy=policy, persist_result=True, result_serializer="json", **options)
+        self.task: Any = decorate(fn)
+        functools.update_wrapper(self, fn)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run as a task, or take the kept result; the time goes to `timeline`."""
+        started = time.perf_counter()
+        say(f"{self.task.name} …")
+        state = self.task(*args, return_state=True, **kwargs)
+        value: T = state.result()
+        reused = state.name == "Cached"
+        if reused and not all(store.intact(blob) for blob in _blobs(value)):
+            say(f"{self.task.name}: the kept artifact is bad or gone, running again")
+            value, reused = self.task.with_options(refresh_cache=True)(*args, **kwargs), False
+        timing = Timing(self.task.name, time.perf_counter() - started, reused)
+        timeline.append(timing)
+        say(f"{timing.stage}: {'reused' if reused else f'{timing.seconds:.1f} s'}")
+        return value
+
+
+def stage(*, uses: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[P, T]], Stage[P, T]]:
+    """Decorate a plain function as a stage; `uses` names the distributions whose versions matter."""
+    return lambda fn: Stage(fn, uses, options)
+
+
+def say(line: str) -> None:
+    """One line of progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def cache_key(fn: Callable[..., Any], uses: tuple[str, ...], inputs: dict[str, Any]) -> str:
+    """Digest of a call: which function, on what, with which code and libraries."""
+    facts = {
+        "function": f"{fn.__module__}.{fn.__qualname__}",
+        "inputs": {name: _identity(value) for name, value in sorted(inputs.items())},
+        "source": source_digest(Path(inspect.getfile(fn))),
+        "versions": {name: _version(name) for name in uses},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def source_digest(file: Path) -> str:
+    """Digest of a module's source and of every `tasks` and `recipes` module it imports, however deep."""
+    seen: set[Path] = set()
+    waiting = [file.resolve()]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += _imports(current)
+    seen.discard(Path(__file__).resolve())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(seen))).hexdigest()
+
+
+def _imports(file: Path) -> list[Path]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    ours = [name for name in names if name.split(".")[0] in ("tasks", "recipes")]
+    return [found for name in ours if (found := _ROOT / (name.replace(".", "/") + ".py")).is_file()]
+
+
+def _identity(value: Any) -> Any:
+    """JSON that is equal when the value's content is: an artifact's digest, a section's values."""
+    if isinstance(value, Checkpoint):
+        return value.identity
+    if isinstance(value, Blob):
+        return value.sha256
+    if is_dataclass(value) and not isinstance(value, type):
+        blob = getattr(value, "blob", None)
+        if isinstance(blob, Blob):
+            return blob.sha256
+        return {name: _identity(getattr(value, name)) for name in value.__dataclass_fields__}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {str(key): _identity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_identity(item) for item in value]
+    return value
+
+
+def _blobs(value: Any) -> list[Blob]:
+    if isinstance(value, Blob):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [blob for name in value.__dataclass_fields__ for blob in _blobs(getattr(value, name))]
+    if isinstance(value, (list, tuple)):
+        return [blob for item in value for blob in _blobs(item)]
+    return []
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

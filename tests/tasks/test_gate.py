@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from recipes.gate import Gate
+from tasks.artifacts import Rule, Verdict
+from tasks.errors import InputError
+from tasks.gate import judge
+from tasks.measurements import (
+    Measured,
+    Measurements,
+    latency_summary,
+    measurements_from_json,
+    measurements_to_json,
+    verdict_bytes,
+    verdict_from_bytes,
+)
+
+N = 2000
+
+
+def answers(wins: int = 0, losses: int = 0, right: int = 1740, n: int = N) -> tuple[list[float], list[float]]:
+    """Scores of candidate and baseline: the baseline has `right`, the two disagree on wins + losses."""
+    baseline = np.arange(n) < right
+    candidate = baseline.copy()
+    candidate[right - losses : right + wins] ^= True
+    return candidate.astype(float).tolist(), baseline.astype(float).tolist()
+
+
+def measured(
+    wins: int = 0, losses: int = 0, candidate: dict[str, Any] | None = None, **options: Any
+) -> Measurements:
+    ours, theirs = answers(wins, losses)
+    engines = {
+        "candidate": Measured(**{"proved": "executed", "scores": ours, **(candidate or {})}),
+        "baseline": Measured("executed", scores=theirs, bytes=100, peak_memory_bytes=1000),
+    }
+    return Measurements("accuracy", engines, **options)
+
+
+def rule(verdict: Verdict, name: str) -> Rule:
+    (found,) = [rule for rule in verdict.rules if rule.name == name]
+    return found
+
+
+def rounds(times: float, count: int = 12) -> list[list[float]]:
+    return [[times * (1 + 0.01 * (i % 3)), times * 1.02, times] for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "section", [{}, {"metric": "f1", "confidence": 0.9}, {"max_dorp": 0.1}, {"max_drop": 0}]
+)
+def test_a_section_without_a_rule_or_with_a_wrong_one_is_an_error(section: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Gate(**section)
+
+
+def test_a_floor_may_be_of_a_number() -> None:
+    assert Gate.model_validate({"floors": {"label": {1: 0.5}}}).floors == {"label": {"1": 0.5}}
+    with pytest.raises(ValidationError, match="no value under label"):
+        Gate(floors={"label": {}})
+
+
+def test_the_sentence_of_a_drop() -> None:
+    found = rule(judge(measured(wins=12, losses=28), Gate(max_drop=0.005)), "accuracy_vs_baseline")
+    assert found.sentence == (
+        "accuracy fell 0.8 points against the baseline (95 % interval -1.5 to -0.2), allowed 0.5"
+    )
+    assert not found.passed
+    assert found.value == pytest.approx(-0.008)
+    assert found.limit == -0.005
+    assert found.facts["mcnemar_p"] == pytest.approx(0.0166, abs=1e-4)
+    low, high = found.facts["bootstrap_interval"]
+    assert low < -0.008 < high < 0
+
+
+def test_the_intervals_end_decides_not_the_value() -> None:
+    sides = [
+        rule(judge(measured(12, 28), Gate(max_drop=x)), "accuracy_vs_baseline").passed for x in (0.014, 0.015)
+    ]
+    assert sides == [False, True]
+
+
+def test_numbers_that_differ_are_not_written_alike() -> None:
+    sentence = rule(judge(measured(12, 28), Gate(max_drop=0.0146)), "accuracy_vs_baseline").sentence
+    low, allowed = sentence.split("interval ")[1].split(" to ")[0], sentence.split("allowed ")[1]
+    assert low.removeprefix("-") != allowed
+
+
+def test_equal_engines_pass_but_not_with_certainty() -> None:
+    found = rule(judge(measured(), Gate(max_drop=0.01)), "accuracy_vs_baseline")
+    assert found.passed
+    assert found.interval is not None
+    assert found.interval[0] < 0 < found.interval[1]
+    assert "accuracy is unchanged against the baseline" in found.sentence
+
+
+@pytest.mark.parametrize(("on_coarse", "passed"), [("refuse", False), ("warn", True)])
+def test_a_set_too_coarse_says_so(on_coarse: Any, passed: bool) -> None:
+    verdict = judge(measured(30, 30), Gate(max_drop=0.01, on_coarse=on_coarse))
+    found = rule(verdict, "accuracy_sensitivity_vs_baseline")
+    assert rule(verdict, "accuracy_vs_baseline").passed
+    assert found.passed is verdict.passed is passed
+    assert "2000 examples can tell a drop of 1.4 points of accuracy from noise, allowed 1.0" in found.sentence
+    assert "too coarse" in found.sentence
+
+
+def test_only_what_was_executed_passes() -> None:
+    sizes = {"bytes": 10}
+    assert judge(measured(candidate=sizes), Gate(max_size_ratio=0.5)).passed
+    for proved in ("built", "checked"):
+        verdict = judge(measured(candidate={**sizes, "proved": proved}), Gate(max_size_ratio=0.5))
+        assert verdict.reasons == (f"the candidate did not run on its target (only {proved})",)
+
+
+def test_a_champion_is_a_second_reference_and_none_is_no_failure() -> None:
+    alone = measured()
+    assert judge(alone, Gate(max_drop=0.01)).passed
+    better = Measured("executed", scores=[1.0] * N)
+    verdict = judge(replace(alone, engines={**alone.engines, "champion": better}), Gate(max_drop=0.01))
+    assert rule(verdict, "accuracy_vs_baseline").passed
+    assert not rule(verdict, "accuracy_vs_champion").passed
+
+
+@pytest.mark.parametrize(("on_missing", "passed"), [("refuse", False), ("pass", True)])
+def test_what_was_not_measured_is_said(on_missing: Any, passed: bool) -> None:
+    section = Gate(
+        max_drop=0.01,
+        min_ratio=0.9,
+        floors={"topic": {"film": 0.5}},
+        max_size_ratio=1,
+        max_memory_ratio=1,
+        max_latency_ratio=1,
+        min_parity=0.9,
+        min_quantized_share=0.5,
+        min_sparse_share=0.5,
+        on_missing=on_missing,
+    )
+    verdict = judge(measured(candidate={"scores": None}), section)
+    missing = [found for found in verdict.rules if found.facts.get("missing")]
+    assert {found.name for found in missing} == {
+        "accuracy_vs_baseline",
+        "floor_topic_film",
+        "size",
+        "memory",
+        "latency",
+        "parity",
+        "quantized_share",
+        "sparse_share",
+    }
+    assert all("could not be evaluated" in found.sentence for found in missing)
+    assert verdict.passed is passed
+
+
+def test_scores_that_are_not_finite_are_not_evaluated() -> None:
+    scores = [float("nan"), float("inf"), *answers()[0][2:]]
+    verdict = judge(measured(candidate={"scores": scores}), Gate(max_drop=0.01))
+    assert "2 of the candidate's 2000 results are not finite" in verdict.reasons[0]
+
+
+def test_ratio_of_the_metric() -> None:
+    found = rule(judge(measured(wins=10, losses=10), Gate(min_ratio=0.99)), "accuracy_ratio_vs_baseline")
+    assert found.value == 1
+    assert found.interval is not None
+    assert found.passed is (found.interval[0] > 0.99)
+    tighter = rule(judge(measured(10, 10), Gate(min_ratio=0.999)), "accuracy_ratio_vs_baseline")
+    assert not tighter.passed
+
+
+def test_a_ratio_that_falls_below_zero_is_refused_not_missing() -> None:
+    ours, theirs = [0.1, -0.1, 0.2, 0.05] * 5, [1.0, 0.9, 1.1, 0.8] * 5
+    engines = {"candidate": Measured("executed", ours), "baseline": Measured("executed", theirs)}
+    section = Gate(metric="cosine", min_ratio=0.9, on_missing="pass")
+    assert not rule(judge(Measurements("cosine", engines), section), "cosine_ratio_vs_baseline").passed
+
+
+def test_lower_is_better_for_perplexity() -> None:
+    losses, tokens = np.random.default_rng(0).uniform(10, 30, 400), [10] * 400
+    engines = {
+        "candidate": Measured("executed", predictions=losses * 1.02),
+        "baseline": Measured("executed", predictions=losses),
+    }
+    found = Measurements("perplexity", engines, references=tokens)
+    tight, wide = (judge(found, Gate(metric="perplexity", max_drop=x)) for x in (0.1, 2.0))
+    assert rule(tight, "perplexity_vs_baseline").sentence.startswith("perplexity rose 0.3")
+    assert [v.passed for v in (tight, wide)] == [False, True]
+    ratio = rule(judge(found, Gate(metric="perplexity", min_ratio=0.9)), "perplexity_ratio_vs_baseline")
+    assert ratio.value is not None
+    assert ratio.value < 1
+    assert ratio.passed
+
+
+def test_a_metric_of_the_whole_set_and_its_floor() -> None:
+    truth = np.arange(600) % 3
+    base = np.where(np.arange(600) % 20 == 0, 0, truth)
+    ours = np.where(np.arange(600) % 21 == 0, 1, base)
+    engines = {
+        "candidate": Measured("executed", predictions=ours),
+        "baseline": Measured("executed", predictions=base),
+    }
+    found = Measurements("f1", engines, {"half": ["a", "b"] * 300}, references=truth)
+    verdict = judge(found, Gate(metric="f1", max_drop=0.08, floors={"half": {"a": 0.8, "b": 0.99}}))
+    names = ("f1_vs_baseline", "f1_sensitivity_vs_baseline", "floor_half_a", "floor_half_b")
+    assert [rule(verdict, name).passed for name in names] == [True, True, True, False]
+
+
+def test_floors_look_at_their_slice_alone() -> None:
+    slices = {"label": ["good"] * 1700 + ["bad"] * 300}
+    section = Gate(floors={"label": {"good": 0.99, "bad": 0.2}})
+    verdict = judge(measured(slices=slices), section)
+    assert rule(verdict, "floor_label_good").passed
+    low = rule(verdict, "floor_label_bad")
+    assert low.value == pytest.approx(40 / 300)
+    assert "accuracy where label is bad is 0.133 on 300 examples" in low.sentence
+    assert not low.passed
+
+
+def test_size_memory_and_shares() -> None:
+    candidate = {
+        "bytes": 51,
+        "peak_memory_bytes": 400,
+        "parity": 0.998,
+        "quantized_share": 0.8,
+        "sparse_share": 0.0,
+    }
+    section = Gate(
+        max_size_ratio=0.5,
+        max_memory_ratio=0.5,
+        min_parity=0.99,
+        min_quantized_share=0.9,
+        min_sparse_share=0.0,
+    )
+    verdict = judge(measured(candidate=candidate), section)
+    names = ("size", "memory", "parity", "quantized_share", "sparse_share")
+    assert [rule(verdict, name).passed for name in names] == [False, True, True, False, True]
+    assert "size is 0.510 of the baseline's (51 of 100 bytes), at most 0.5" in verdict.reasons
+
+
+def timed(candidate: Any, baseline: Any, champion: Any = None) -> Measurements:
+    engines = {
+        "candidate": Measured("executed", latency=candidate),
+        "baseline": Measured("executed", latency=baseline),
+    }
+    engines |= {} if champion is None else {"champion": Measured("executed", latency=champion)}
+    return Measurements("accuracy", engines)
+
+
+def test_latency_at_every_batch_size() -> None:
+    slow = {1: rounds(0.010), 8: rounds(0.050)}
+    verdict = judge(timed({1: rounds(0.004), 8: rounds(0.048)}, slow), Gate(max_latency_ratio=0.9))
+    first, second = (rule(verdict, f"latency_vs_baseline_batch_{size}") for size in (1, 8))
+    assert first.passed
+    assert first.value == pytest.approx(0.4)
+    assert not second.passed
+    assert "latency at batch 8 against the baseline is 0.960 times" in second.sentence
+
+
+def test_rounds_too_noisy_say_so() -> None:
+    noisy = [[x] for x in np.exp(0.2 * np.random.default_rng(0).standard_normal(12))]
+    (reason,) = judge(timed({1: noisy}, {1: [[1.0]] * 12}), Gate(max_latency_ratio=1.1)).reasons
+    assert float(reason.split("these rounds can tell ")[1].split()[0]) > 1.1
+
+
+def test_the_champion_may_be_as_fast_but_not_faster() -> None:
+    section, slow = Gate(max_latency_ratio=0.5), {1: rounds(0.010)}
+    fast = {1: rounds(0.004)}
+    assert judge(timed(fast, slow, fast), section).passed
+    assert not judge(timed(fast, slow, {1: rounds(0.0037)}), section).passed
+
+
+def test_rounds_are_paired() -> None:
+    drift = np.linspace(1, 3, 12)[:, None]
+    ours, theirs = (np.array(rounds(x)) * drift for x in (0.0098, 0.010))
+    assert judge(timed({1: ours}, {1: theirs}), Gate(max_latency_ratio=0.99)).passed
+    assert not judge(timed({1: ours[::-1]}, {1: theirs}), Gate(max_latency_ratio=0.99)).passed
+
+
+@pytest.mark.parametrize("ours", [{1: rounds(1, 5)}, {1: rounds(1, 11)}, {2: rounds(1)}])
+def test_rounds_that_do_not_match_or_are_few_are_missing(ours: Any) -> None:
+    baseline = {1: rounds(9, 5 if len(ours.get(1, ())) == 5 else 12)}
+    verdict = judge(timed(ours, baseline), Gate(max_latency_ratio=1.0))
+    assert not verdict.passed
+    assert all("could not be evaluated" in reason for reason in verdict.reasons)
+
+
+def test_latency_summary_keeps_outliers() -> None:
+    seen = latency_summary([[0.001] * 50, [0.001] * 48 + [0.1, 0.1]], batch=4)
+    assert seen["p50"] == 0.001
+    assert seen["p99"] > 0.05
+    assert seen["throughput"] == pytest.approx(400 / 0.298)
+    assert seen["rounds"] == 2
+
+
+def everything() -> Measurements:
+    candidate = {"bytes": 7, "parity": 1 / 3, "latency": {16: rounds(0.1 + 0.2), 2: rounds(1e-3)}}
+    return measured(3, 5, candidate, slices={"label": ["ä", 1] * 1000}, facts={"threads": 2, "load": [0.1]})
+
+
+def test_measurements_survive_json_exactly() -> None:
+    text = measurements_to_json(everything())
+    again = measurements_from_json(text)
+    assert again.engines["candidate"].latency[16][1][1] == (0.1 + 0.2) * 1.02
+    assert again.engines["candidate"].scores == everything().engines["candidate"].scores
+    assert measurements_to_json(again) == text
+    assert json.loads(text)["slices"]["label"][0] == "ä"
+
+
+def test_arrays_are_as_good_as_lists() -> None:
+    ours, theirs = answers(3, 5)
+    plain = measured(3, 5)
+    arrays = replace(
+        plain,
+        engines={
+            "candidate": replace(plain.engines["candidate"], scores=np.array(ours, dtype=np.float32)),
+            "baseline": replace(plain.engines["baseline"], scores=np.array(theirs)),
+        },
+    )
+    assert measurements_to_json(arrays) == measurements_to_json(plain)
+
+
+def test_a_verdict_is_recomputed_to_the_same_bytes_in_another_process(tmp_path: Any) -> None:
+    section = Gate(
+        max_drop=0.02, min_ratio=0.9, floors={"label": {"ä": 0.5}}, max_size_ratio=0.5, min_parity=0.3
+    )
+    verdict = judge(everything(), section)
+    data = verdict_bytes(verdict)
+    assert verdict_bytes(verdict_from_bytes(data)) == data
+    (tmp_path / "measurements.json").write_text(measurements_to_json(everything()), encoding="utf-8")
+    code = (
+        "import sys; from recipes.gate import Gate; from tasks.gate import *\n"
+        "text = open(sys.argv[1], encoding='utf-8').read()\n"
+        "gate = Gate.model_validate_json(sys.argv[2])\n"
+        "sys.stdout.buffer.write(verdict_bytes(judge(measurements_from_json(text), gate)))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "measurements.json"), section.model_dump_json()]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == data
+
+
+def test_the_gate_needs_neither_torch_nor_mlflow() -> None:
+    code = "import sys, tasks.gate; print(*{'torch', 'mlflow', 'sklearn', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b""
+
+
+def test_measurements_that_do_not_fit_are_the_users_to_fix() -> None:
+    good = measured()
+    with pytest.raises(InputError, match="asks for 'f1'"):
+        judge(good, Gate(metric="f1", max_drop=0.1))
+    with pytest.raises(InputError, match="no baseline"):
+        judge(replace(good, engines={"candidate": good.engines["candidate"]}), Gate(max_drop=0.1))
+    with pytest.raises(InputError, match="not of the same examples"):
+        judge(replace(good, slices={"label": ["x"]}), Gate(max_drop=0.1))

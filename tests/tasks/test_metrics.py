@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn
+
+from tasks.errors import InputError
+from tasks.metrics import OWN, metric, scores
+
+
+def per_example(predictions: Any, references: Any) -> Any:
+    return np.minimum(predictions, references)
+
+
+per_example.per_example = True  # type: ignore[attr-defined]
+
+
+def largest_error(predictions: Any, references: Any) -> float:
+    return float(np.abs(predictions - references).max())
+
+
+largest_error.higher_is_better = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "predictions", "references", "expected"),
+    [
+        ("accuracy", [1, 0, 2, 2], [1, 1, 2, 0], [1, 0, 1, 0]),
+        ("mae", [1.0, 2.0], [2.0, 2.5], [1.0, 0.5]),
+        ("mse", [1.0, 2.0], [2.0, 2.5], [1.0, 0.25]),
+        ("cosine", [[3.0, 4.0], [1.0, 0.0]], [[6.0, 8.0], [0.0, 1.0]], [1.0, 0.0]),
+    ],
+)
+def test_means_have_a_score_for_each_example(
+    name: str, predictions: Any, references: Any, expected: Any
+) -> None:
+    found = metric(name)
+    assert scores(found, predictions, references) == pytest.approx(expected)
+    assert found.value(predictions, references) == pytest.approx(np.mean(expected))
+
+
+def test_recall_counts_what_is_among_the_k_nearest_and_ties_against_it() -> None:
+    documents = np.eye(3)
+    queries = np.array([[1.0, 0.5, 0.1], [1.0, 0.5, 0.1], [1.0, 1.0, 1.0]])
+    assert scores(metric("recall@1"), queries, documents) == (1, 0, 0)
+    assert scores(metric("recall@2"), queries, documents) == (1, 1, 0)
+    assert scores(metric("recall@3"), queries, documents) == (1, 1, 1)
+
+
+def test_f1_is_the_macro_average() -> None:
+    generator = np.random.default_rng(0)
+    truth, guess = generator.integers(0, 4, (2, 200))
+    expected = sklearn.f1_score(truth, guess, average="macro")
+    assert metric("f1").value(guess, truth) == pytest.approx(expected)
+    assert metric("f1").value(np.array(["a", "b"]), np.array(["a", "a"])) == pytest.approx(1 / 3)
+    assert scores(metric("f1"), guess, truth) is None
+
+
+def test_perplexity_weighs_tokens() -> None:
+    assert metric("perplexity").value([10.0, 2.0], [4, 1]) == pytest.approx(np.exp(12 / 5))
+    assert not metric("perplexity").higher_is_better
+
+
+def test_scikit_learn_by_the_names_it_uses() -> None:
+    generator = np.random.default_rng(1)
+    truth, guess = generator.integers(0, 2, (2, 100))
+    share = generator.random((100, 2))
+    assert metric("f1_weighted").value(guess, truth) == sklearn.f1_score(truth, guess, average="weighted")
+    assert metric("matthews_corrcoef").value(guess, truth) == sklearn.matthews_corrcoef(truth, guess)
+    assert metric("roc_auc").value(share, truth) == sklearn.roc_auc_score(truth, share[:, 1])
+    assert metric("roc_auc").takes == "probability"
+    assert metric("r2").takes == metric("mean_absolute_error").takes == "value"
+    found = metric("mean_absolute_error")
+    assert found.value(guess, truth) == sklearn.mean_absolute_error(truth, guess)
+    assert not found.higher_is_better
+    assert metric("neg_mean_absolute_error").higher_is_better
+    assert metric("neg_mean_absolute_error").value(guess, truth) == -found.value(guess, truth)
+
+
+def test_a_function_of_ones_own() -> None:
+    mean = metric("python:statistics:fmean")
+    assert mean.value([1.0, 3.0], [1.0, 1.0]) == 2.0
+    with_scores = metric(f"python:{__name__}:per_example")
+    assert scores(with_scores, [1.0, 5.0], [2.0, 3.0]) == (1.0, 3.0)
+    worst = metric(f"python:{__name__}:largest_error")
+    assert worst.value(np.array([1.0, 5.0]), np.array([2.0, 3.0])) == 2.0
+    assert not worst.higher_is_better
+
+
+@pytest.mark.parametrize(
+    "name", ["python:statistics:nothing", "python:no.such:f", "python:statistics", "python:"]
+)
+def test_a_function_that_is_not_there(name: str) -> None:
+    with pytest.raises(InputError, match=r"python:package\.module:function"):
+        metric(name)
+
+
+@pytest.mark.parametrize(("name", "near"), [("acuracy", "accuracy"), ("recall@0", "recall@1"), ("F1", "f1")])
+def test_an_unknown_name_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"Nearest: .*{near}"):
+        metric(name)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_each_is_known_by_its_name(name: str) -> None:
+    assert metric(name).name == name

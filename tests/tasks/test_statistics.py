@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from tasks import statistics
+
+
+def chance(n: int, win: float, loss: float, passed: np.ndarray) -> float:
+    """The exact probability of a set of (wins, losses), given as a table of booleans."""
+    wins, losses = np.indices(passed.shape)
+    same = n - wins - losses
+    table = stats.multinomial.pmf(np.stack([wins, losses, same], -1), n, [win, loss, 1 - win - loss])
+    return float(table[passed].sum())
+
+
+def lower_ends(n: int, most: int) -> np.ndarray:
+    wins, losses = np.indices((most, most))
+    return statistics.tango(wins.ravel(), losses.ravel(), n, 0.95)[0].reshape(most, most)
+
+
+def test_tango_gives_the_published_interval() -> None:
+    """Fagerland, Lydersen and Laake, Statistics in Medicine 33 (2014): 1 and 7 of 21 pairs disagree."""
+    low, high = statistics.tango(1, 7, 21, 0.95)
+    assert (round(float(low[0]), 3), round(float(high[0]), 3)) == (-0.517, -0.026)
+
+
+def test_tango_inverts_the_test_with_the_likeliest_shares() -> None:
+    wins, losses, n = 4, 11, 300
+    low, _ = statistics.tango(wins, losses, n, 0.95)
+    gap = float(low[0])
+
+    def unlikely(loss: float) -> float:
+        win = loss + gap
+        return -(wins * np.log(win) + losses * np.log(loss) + (n - wins - losses) * np.log(1 - win - loss))
+
+    loss = optimize.minimize_scalar(unlikely, bounds=(-gap + 1e-9, 0.4), method="bounded").x
+    variance = n * (2 * loss + gap - gap**2)
+    assert (wins - losses - n * gap) / np.sqrt(variance) == pytest.approx(1.96, abs=2e-3)
+
+
+def test_without_disagreement_the_interval_has_a_width() -> None:
+    low, high = statistics.tango(0, 0, 750, 0.95)
+    square = stats.norm.ppf(0.975) ** 2
+    assert -low[0] == high[0] == pytest.approx(square / (750 + square))
+
+
+@pytest.mark.parametrize("drop", [0.01, 0.02])
+@pytest.mark.parametrize("discordance", [0.02, 0.03])
+@pytest.mark.parametrize("n", [100, 250, 500])
+def test_exactly_at_the_limit_few_pass(n: int, discordance: float, drop: float) -> None:
+    passed = lower_ends(n, 40) > -drop
+    assert chance(n, (discordance - drop) / 2, (discordance + drop) / 2, passed) <= 0.05
+
+
+def test_a_percentile_bootstrap_would_let_too_many_pass() -> None:
+    """Why the score interval decides: at the limit, 250 examples, more than one in twenty."""
+    ends = [[statistics.bootstrap_counts(w, c, 250, 0.95, seed=0)[0] for c in range(13)] for w in range(13)]
+    assert chance(250, 0.005, 0.015, np.array(ends) > -0.01) > 0.05
+
+
+def test_the_smallest_drop_is_one_that_an_equal_engine_meets() -> None:
+    for disagree, n in ((0, 500), (7, 500), (30, 1000), (200, 2000)):
+        least = statistics.smallest_drop_counts(disagree, 0, n, 0.95)
+        losses = np.arange(disagree + 1)
+        low, _ = statistics.tango(disagree - losses, losses, n, 0.95)
+        shares = stats.binom.pmf(losses, disagree, 0.5)
+        assert shares[low > -least - 1e-9].sum() >= 0.95
+        assert shares[low > -0.97 * least].sum() < 0.95 or disagree == 0
+
+
+def test_it_agrees_with_the_formula_for_many_examples() -> None:
+    expected = (1.96 + 1.645) * np.sqrt(0.03 / 10_000)
+    assert statistics.smallest_drop_counts(150, 150, 10_000, 0.95) == pytest.approx(expected, rel=0.03)
+    assert statistics.smallest_drop(np.sqrt(0.03 / 10_000), 0.95) == pytest.approx(expected, rel=1e-3)
+
+
+def test_mcnemar_is_exact() -> None:
+    assert statistics.mcnemar(1, 7) == pytest.approx(0.0703125)
+    assert statistics.mcnemar(7, 1) == pytest.approx(0.0703125)
+    assert statistics.mcnemar(0, 0) == 1.0
+
+
+def test_bootstrap_of_counts_is_the_bootstrap_of_the_examples() -> None:
+    low, high = statistics.bootstrap_counts(40, 60, 1000, 0.95, seed=1)
+    error = np.sqrt((0.1 - 0.02**2) / 1000)
+    assert low == pytest.approx(-0.02 - 1.96 * error, abs=1.1e-3)
+    assert high == pytest.approx(-0.02 + 1.96 * error, abs=1.1e-3)
+
+
+def test_studentized_bootstrap_covers_a_skewed_mean_where_a_percentile_one_does_not() -> None:
+    generator, true = np.random.default_rng(0), np.exp(0.5)
+    above = 0
+    for seed in range(200):
+        _, high = statistics.bootstrap_mean(generator.lognormal(0, 1, 80), 0.95, seed, span=1e9)
+        above += high < true
+    assert above / 200 <= 0.07
+
+
+def test_a_mean_without_spread_keeps_a_width() -> None:
+    low, high = statistics.bootstrap_mean(np.zeros(100), 0.95, 0, span=2.0)
+    assert low == -high == pytest.approx(-2 * 3.8415 / 103.8415, rel=1e-3)
+
+
+def test_scores_choose_their_method() -> None:
+    generator = np.random.default_rng(0)
+    right = (generator.random(500) < 0.8).astype(float)
+    assert "Tango" in statistics.compare_scores(right, right[::-1], 0.95, 0).facts["method"]
+    cosine = generator.uniform(0.9, 1, 500)
+    found = statistics.compare_scores(cosine - 0.01, cosine + 0.001 * generator.standard_normal(500), 0.95, 0)
+    assert "studentized" in found.facts["method"]
+    assert found.difference[0] < -0.01 < found.difference[1] < -0.0098
+    assert found.ratio[0] < 0.94 / 0.95 < found.ratio[1]
+    assert found.detectable == pytest.approx(3.605 * 0.001 / np.sqrt(500), rel=0.1)
+
+
+def test_a_statistic_that_never_changes_keeps_a_width() -> None:
+    found = statistics.compare_statistic(lambda rows: 0.5, lambda rows: 0.5, 200, 0.95, 0)
+    assert found.difference[0] < 0 < found.difference[1]
+    assert found.detectable > 0
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    values = np.random.default_rng(3).normal(size=300)
+    first, again, other = (statistics.bootstrap_mean(values, 0.95, seed, 9.0) for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_rounds_cancel_drift_and_keep_hiccups_harmless() -> None:
+    generator = np.random.default_rng(0)
+    drift, noise = np.linspace(1, 2, 20), lambda: 1 + 0.005 * generator.standard_normal(20)
+    reference, candidate = drift * noise(), 1.05 * drift * noise()
+    candidate[4] *= 10
+    ratio, (low, high) = statistics.bootstrap_rounds(candidate, reference, 0.95, 0)
+    assert ratio == pytest.approx(1.05, abs=0.004)
+    assert 1.04 < low < 1.05 < high < 1.06
+
+
+@pytest.mark.parametrize("count", [6, 12])
+def test_few_rounds_are_not_overconfident(count: int) -> None:
+    generator, below = np.random.default_rng(1), 0
+    for seed in range(200):
+        pair = np.exp(0.02 * generator.standard_normal((2, count)))
+        below += statistics.bootstrap_rounds(pair[0], pair[1], 0.95, seed)[1][1] < 1
+    assert below / 200 <= 0.05
