@@ -27,7 +27,6 @@ from tasks.manifest import Attempt, metrics
 from tasks.sparsify import sparsify
 from tasks.stage import timeline
 
-
 JUDGED = ("candidate", "baseline", "champion")
 
 

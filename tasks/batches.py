@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from tasks import store, types
 from tasks.artifacts import Checkpoint, Dataset
@@ -15,7 +16,7 @@ from tasks.load import rows
 from tasks.types import Example
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def examples(dataset: Dataset, part: str, preprocessor: Path) -> tuple[list[Example], np.ndarray]:
@@ -37,6 +38,18 @@ def batches(dataset: Dataset, part: str, preprocessor: Path, size: int) -> Itera
 def samples(dataset: Dataset, preprocessor: Path, count: int = 4, size: int = 8) -> list[Example]:
     """A few real batches from the calibration rows, for parity checks and shapes."""
     return list(itertools.islice(batches(dataset, "calibration", preprocessor, size), count))
+
+
+def forward_loop(dataset: Dataset, preprocessor: Path, size: int, name: str) -> Callable[[nn.Module], None]:
+    """A function that runs every calibration row through a network, with a progress bar."""
+    total = -(-dataset.rows["calibration"] // size)
+
+    def loop(model: nn.Module) -> None:
+        data = batches(dataset, "calibration", preprocessor, size)
+        for batch in tqdm(data, total=total, desc=name, unit="batch"):
+            model(**tensors(batch))
+
+    return loop
 
 
 def tensors(batch: Example) -> dict[str, Tensor]:

@@ -6,10 +6,9 @@ python -m flows optimize RECIPE     (stage `calibrate`)
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from recipes.schema import Quantize
 from tasks import batches, checkpoints, store
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 BITS: dict[str, Any] = {"int8": 8, "fp8": (4, 3)}
-KINDS = ("nn.Linear", "nn.Conv1d", "nn.Conv2d", "nn.Conv3d", "nn.ConvTranspose2d", "nn.Embedding")
 
 
 @stage(uses=("torch", "nvidia-modelopt", "transformers"), name="calibrate", timeout_seconds=3 * 3600)
@@ -35,8 +33,9 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
     model, config = checkpoints.restore(checkpoint)
     looked_at = _quantizable(model)
     pruned = checkpoints.sparsity(model)
+    loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "calibrate")
     with torch.no_grad(), checkpoints.quiet():
-        model = mtq.quantize(model, quant_config(section), _forward(checkpoint, dataset, section.batch_size))
+        model = mtq.quantize(model, quant_config(section, looked_at), loop)
     counts = _counts(model, looked_at)
     if not counts["enabled"]:
         raise InputError(
@@ -51,44 +50,39 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
         return checkpoints.save(model, config, folder, dataset.type, facts)
 
 
-def quant_config(section: Quantize) -> dict[str, Any]:
-    """ModelOpt's configuration; later entries win.
+def quant_config(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """ModelOpt's configuration, a rule for each module by its name.
 
     ModelOpt's own defaults leave out modules by name (every vision tower, for one) and quantize
-    LayerNorm's inputs, which costs accuracy: here type decides, and `exclude`.
+    LayerNorm's inputs, which costs accuracy; and a rule by class misses layers that are pruned.
     """
-    bits = BITS[section.format]
-    weights = {"num_bits": bits, "axis": 0 if section.format == "int8" else None}
-    kinds = [kind for kind in KINDS if section.embeddings or kind != "nn.Embedding"]
+    from torch import nn
+
+    weights = {"num_bits": BITS[section.format], "axis": 0 if section.format == "int8" else None}
+    inputs = {"num_bits": BITS[section.format], "axis": None}
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for kind in kinds:
-        rules.append({"parent_class": kind, "quantizer_name": "*weight_quantizer", "cfg": weights})
-        if kind != "nn.Embedding":
-            inputs = {"num_bits": bits, "axis": None}
-            rules.append({"parent_class": kind, "quantizer_name": "*input_quantizer", "cfg": inputs})
-    rules += [{"quantizer_name": f"{pattern.rstrip('*')}*", "enable": False} for pattern in section.exclude]
+    for name, module in modules.items():
+        embedding = isinstance(module, nn.Embedding)
+        if _excluded(name, section.exclude) or (embedding and not section.embeddings):
+            continue
+        rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weights})
+        if not embedding:
+            rules.append({"quantizer_name": f"{name}.input_quantizer", "cfg": inputs})
     return {"quant_cfg": rules, "algorithm": section.algorithm}
 
 
-def _forward(checkpoint: Checkpoint, dataset: Dataset, size: int) -> Callable[[nn.Module], None]:
-    total = -(-dataset.rows["calibration"] // size)
-
-    def loop(model: nn.Module) -> None:
-        data = batches.batches(dataset, "calibration", batches.preprocessor(checkpoint), size)
-        for batch in tqdm(data, total=total, desc="calibrate", unit="batch"):
-            model(**batches.tensors(batch))
-
-    return loop
+def _excluded(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _quantizable(model: nn.Module) -> list[str]:
+def _quantizable(model: nn.Module) -> dict[str, nn.Module]:
     from torch import nn
 
-    kinds = tuple(getattr(nn, kind.removeprefix("nn.")) for kind in KINDS)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def _counts(model: nn.Module, looked_at: list[str]) -> Facts:
+def _counts(model: nn.Module, looked_at: Iterable[str]) -> Facts:
     enabled = checkpoints.quantizers(model)
     touched = {name.rpartition(".")[0] for name in enabled}
     return {

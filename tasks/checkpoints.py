@@ -134,8 +134,11 @@ def groups_2_4(weight: Tensor) -> tuple[int, int]:
 
 
 def sparse_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that ModelOpt's mask is on, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "_weight_mask")}
+    """The modules with a mask that masks something (ModelOpt gives a layer 2:4 cannot fit a mask of ones)."""
+    masks = {name: getattr(module, "_weight_mask", None) for name, module in model.named_modules()}
+    return {
+        name: model.get_submodule(name) for name, mask in masks.items() if mask is not None and not mask.all()
+    }
 
 
 def sparsity(model: nn.Module) -> Facts:

@@ -280,7 +280,9 @@ def _compare(measurements: Measurements, reference: str, how: Metric, gate: Gate
         pair = [np.array(engine.scores, dtype=float) for engine in (ours, theirs)]
         return statistics.compare_scores(pair[0], pair[1], gate.confidence, seed)
     values = [partial(_value, measurements, name, how) for name in (CANDIDATE, reference)]
-    return statistics.compare_statistic(values[0], values[1], len(examples(ours)), gate.confidence, seed)
+    changed = np.asarray(ours.predictions) != np.asarray(theirs.predictions)
+    count, differing = len(changed), int(changed.reshape(len(changed), -1).any(axis=1).sum())
+    return statistics.compare_statistic(values[0], values[1], count, differing, gate.confidence, seed)
 
 
 def _value(measurements: Measurements, engine: str, how: Metric, rows: Any) -> float:

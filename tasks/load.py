@@ -192,11 +192,8 @@ def _read(data: Data) -> tuple[pyarrow.Table, list[str]]:
     lengths = {name: len(table) for name, table in tables.items()}
     if not sum(lengths.values()):
         raise InputError(f"data.source {data.source}: the data is empty")
-    wanted = [data.text, data.label.column if isinstance(data.label, Label) else data.label]
     if data.image is None:  # only what is used, so that files may differ in the rest
-        tables = {
-            name: part.select([c for c in wanted if c in part.column_names]) for name, part in tables.items()
-        }
+        tables = {name: _used(part, data, name) for name, part in tables.items()}
     try:
         table = pyarrow.concat_tables(tables.values(), promote_options="permissive")
     except pyarrow.ArrowTypeError as error:
@@ -238,17 +235,27 @@ def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
             kind, data_files=[str(file)], split="train", cache_dir=scratch / "cache", **data.read
         )
     except Exception as error:  # datasets wraps pandas' and pyarrow's errors in several classes of its own
+        if "corresponds to no data" in str(error):
+            raise InputError(f"{file}: the file is empty: it has no rows") from error
         raise InputError(
             f"{file}: cannot be read as {kind} with data.read {data.read}: {error.__cause__ or error}"
         ) from error
     return loaded.with_format("arrow")[:] if len(loaded) else loaded.data.table
 
 
+def _used(table: pyarrow.Table, data: Data, file: str) -> pyarrow.Table:
+    """The text and label columns alone."""
+    label = data.label.column if isinstance(data.label, Label) else data.label
+    for key, name in (("data.text", data.text), ("data.label", label)):
+        if name not in table.column_names:
+            has = ", ".join(map(str, table.column_names))
+            raise InputError(f"{key}: {file} has no column {name!r}; it has {has}")
+    return table.select([data.text, label])
+
+
 def _column(table: pyarrow.Table, name: str, key: str) -> list[Any]:
     if name not in table.column_names:
-        raise InputError(
-            f"{key}: the data has no column {name!r}; it has {', '.join(map(str, table.column_names))}"
-        )
+        raise InputError(f"{key}: no column {name!r}; there is {', '.join(map(str, table.column_names))}")
     return list(table[name].to_pylist())
 
 

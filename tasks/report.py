@@ -154,7 +154,8 @@ def _detectable(rule: Rule) -> float:
 
 
 def _figure(value: float, scale: float) -> str:
-    return (f"{value:+.2f}" if scale > 1 else f"{value:.3g}").replace("-", "−")
+    form = "+.2f" if scale > 1 else ".3f" if abs(value) < 100 else ",.0f"
+    return format(value, form).replace("-", "−")
 
 
 def _notes(axis: Any, rules: list[Rule], sensitivity: bool) -> None:

@@ -6,9 +6,8 @@ python -m flows optimize RECIPE     (stage `sparsify`; before quantizing, the re
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from recipes.schema import Sparsify
 from tasks import batches, checkpoints, store
@@ -25,7 +24,7 @@ def sparsify(checkpoint: Checkpoint, dataset: Dataset, section: Sparsify) -> Che
     """Mask every linear layer and convolution that 2:4 fits, but for those excluded; counted exactly."""
     model, config = checkpoints.restore(checkpoint)
     looked_at = _prunable(model)
-    _prune(model, section, batches.batches(dataset, "calibration", batches.preprocessor(checkpoint), 16))
+    _prune(model, section, batches.forward_loop(dataset, batches.preprocessor(checkpoint), 16, "sparsify"))
     counts = checkpoints.sparsity(model)
     if not counts:
         raise InputError(
@@ -51,20 +50,12 @@ def _prunable(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
 
-def _prune(model: nn.Module, section: Sparsify, data: Any) -> None:
-    import modelopt.torch.sparsity as mts
-
-    rules: dict[str, Any] = {"*": {}, **dict.fromkeys(section.exclude)}
-    mode = {"magnitude": "sparse_magnitude", "sparsegpt": "sparsegpt"}[section.method]
-    loader = [batches.tensors(batch) for batch in data]
+def _prune(model: nn.Module, section: Sparsify, loop: Callable[[nn.Module], None]) -> None:
     with checkpoints.quiet():
-        mts.sparsify(
-            model,
-            [(mode, {"nn.Linear": rules, "nn.Conv2d": rules})],
-            config={
-                "data_loader": tqdm(
-                    loader, desc="sparsify", unit="batch", disable=section.method == "magnitude"
-                ),
-                "collect_func": lambda batch: ((), batch),
-            },
-        )
+        import modelopt.torch.sparsity as mts
+
+        rules: dict[str, Any] = {"*": {}, **dict.fromkeys(section.exclude)}
+        mode = {"magnitude": "sparse_magnitude", "sparsegpt": "sparsegpt"}[section.method]
+        # Only SparseGPT looks at data.
+        config = {"forward_loop": loop} if section.method == "sparsegpt" else {}
+        mts.sparsify(model, [(mode, {"nn.Linear": rules, "nn.Conv2d": rules})], config=config)

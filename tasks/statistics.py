@@ -215,12 +215,21 @@ def _compare_answers(candidate: Array, reference: Array, confidence: float, seed
 
 
 def compare_statistic(
-    candidate: Callable[[Any], float], reference: Callable[[Any], float], n: int, confidence: float, seed: int
+    candidate: Callable[[Any], float],
+    reference: Callable[[Any], float],
+    n: int,
+    differing: int,
+    confidence: float,
+    seed: int,
 ) -> Comparison:
-    """A metric of all examples at once: `candidate(rows)` and `reference(rows)` on resampled rows."""
+    """A metric of all examples at once: `candidate(rows)` and `reference(rows)` on resampled rows.
+
+    Only the `differing` examples tell the two apart, so the percentiles are expanded as for so many values.
+    """
     rows = np.arange(n)
     now, base = candidate(rows), reference(rows)
-    ends, error = bootstrap_statistic(lambda rows: candidate(rows) - reference(rows), n, confidence, seed)
+    wide = _expanded(confidence, max(2, differing))
+    ends, error = bootstrap_statistic(lambda rows: candidate(rows) - reference(rows), n, wide, seed)
     if error == 0:
         ends = nothing_differs(now - base, n, max(1.0, abs(base)), confidence)
     detectable = smallest_drop(error, confidence) if error else now - base - ends[0]

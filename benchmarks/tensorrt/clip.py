@@ -149,7 +149,7 @@ def by_node(amax: dict[str, float], nodes: list[str]) -> dict[str, float]:
 
 
 def evidence(folder: Path, batch: int, layers: int) -> None:
-    """What the H100 evidence needs: two trainings (FP16, opset 17), the first in FP32, inputs, references."""
+    """What the H100 evidence needs: two trainings in FP32 and FP16 (opset 17), inputs, references."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**IMAGE, "num_hidden_layers": layers}
     where = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,9 +157,8 @@ def evidence(folder: Path, batch: int, layers: int) -> None:
     for seed, name in ((0, "first"), (1, "second")):
         model = build("image", config, seed).to(where)
         np.savez(folder / f"{name}.npz", embeds=run(model, feed))
-        if seed == 0:
-            (folder / "amax.json").write_text(json.dumps(calibrate(model, feed)))
-            _export_to(model, config, folder / "fp32")
+        (folder / f"amax-{name}.json").write_text(json.dumps(calibrate(model, feed)))
+        _export_to(model, config, folder / f"fp32-{name}")
         _export_to(model.half(), config, folder / name)
     np.savez(folder / "inputs.npz", pixels=feed["pixels"])
     (folder / "done").write_text(f"{torch.__version__} {where} {batch} {layers}")

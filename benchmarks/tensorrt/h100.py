@@ -1,7 +1,7 @@
 """The evidence of docs/tensorrt.md, on a GPU with TensorRT 8.6, through the engine module itself.
 
 `python -m benchmarks.tensorrt.clip CLIP 64 24` first, where PyTorch is; then, where TensorRT is,
-`python -m benchmarks.tensorrt.h100 refit|precision|sparsity|features CLIP OUT.json`.
+`python -m benchmarks.tensorrt.h100 refit|int8refit|precision|sparsity|features CLIP OUT.json`.
 """
 
 from __future__ import annotations
@@ -88,24 +88,27 @@ def refit(clip: Path, report: Report) -> None:
 
 
 def precision(clip: Path, report: Report) -> None:
-    """FP32 (TF32 off and on), FP16, INT8: bytes, build seconds, latency, cosine."""
+    """FP16, INT8 and FP32 (no TF32) at a fixed batch: bytes, build seconds, latency, cosine."""
     feed, right = [arrays(clip / "inputs.npz")], [arrays(clip / "first.npz")]
-    model = onnx.load(clip / "fp32" / "model.onnx")
-    amax = json.loads((clip / "amax.json").read_text())
-    plain = {n.replace(".", "/").rsplit("/", 1)[0]: n for n in qdq.weights_of(model)}
-    named = {plain[name]: value for name, value in amax.items() if name in plain}
-    (clip / "int8").mkdir(exist_ok=True)
-    onnx.save(qdq.insert(model, named, "int8", fold=False), clip / "int8" / "model.onnx")
+    _int8_model(clip, "first")
+    shape = feed[0]["pixels"].shape
+    still = [{"pixels": {"min": shape, "opt": shape, "max": shape}}]
     rows: dict[str, tuple[str, dict[str, Any]]] = {
         "FP16": ("first", {}),
-        "INT8 Q/DQ": ("int8", {"half": True}),
-        "TF32": ("fp32", {}),
-        "FP32": ("fp32", {"tf32": False}),
+        "INT8": ("int8-first", {"half": True}),
+        "FP32": ("fp32-first", {"tf32": False}),
     }
     for name, (folder, options) in rows.items():
         with tempfile.TemporaryDirectory() as out:
             built = tensorrt.build(
-                clip / folder, Path(out), samples=feed, reference=right, refit="never", level=LEVEL, **options
+                clip / folder,
+                Path(out),
+                samples=feed,
+                reference=right,
+                refit="never",
+                level=LEVEL,
+                profiles=still,
+                **options,
             )
             with tensorrt.open(Path(out) / "plan", None) as session:
                 row = {**built.facts, **latency(session, feed[0])}
@@ -113,10 +116,47 @@ def precision(clip: Path, report: Report) -> None:
             report.add(name, row)
 
 
+def _int8_model(clip: Path, name: str) -> None:
+    """Q/DQ around every linear layer of `fp32-NAME`, as `int8-NAME`."""
+    model = onnx.load(clip / f"fp32-{name}" / "model.onnx")
+    amax = json.loads((clip / f"amax-{name}.json").read_text())
+    plain = {n.replace(".", "/").rsplit("/", 1)[0]: n for n in qdq.weights_of(model)}
+    named = {plain[found]: value for found, value in amax.items() if found in plain}
+    (clip / f"int8-{name}").mkdir(exist_ok=True)
+    onnx.save(qdq.insert(model, named, "int8", fold=False), clip / f"int8-{name}" / "model.onnx")
+
+
+def int8refit(clip: Path, report: Report) -> None:
+    """An INT8 plan refitted with another training's weights, scales and zero points."""
+    feed = [arrays(clip / "inputs.npz")]
+    _int8_model(clip, "first")
+    _int8_model(clip, "second")
+    right = {name: [arrays(clip / f"{name}.npz")] for name in ("first", "second")}
+    options: dict[str, Any] = {"half": True, "level": 1}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        built = tensorrt.build(
+            clip / "int8-first",
+            folder / "a",
+            samples=feed,
+            reference=right["first"],
+            refit="always",
+            **options,
+        )
+        report.add("build", asdict(built))
+        try:
+            done = tensorrt.refit(
+                folder / "a/plan", clip / "int8-second", folder / "b", samples=feed, reference=right["second"]
+            )
+            report.add("refit", done.facts)
+        except RefitError as error:
+            report.add("refit", f"RefitError: {error}")
+
+
 def sparsity(clip: Path, report: Report) -> None:
     """Dense, 2:4, 2:4 with SPARSE_WEIGHTS, random zeros as control: what ran and how fast, interleaved."""
-    for width in (1024, 4096, 8192):
-        for rows in (128, 8192):
+    for rows in (8192, 128):
+        for width in (4096, 1024, 8192):
             for kind in ("fp16", "int8"):
                 report.add(f"{kind} {width} wide {rows} rows", _sparse(width, rows, kind))
 
@@ -173,7 +213,14 @@ def _build_here(folder: Path, kind: str, options: Options) -> dict[str, Any]:
     path.parent.mkdir()
     kinds = ("fp16",) if kind == "fp16" else ("fp16", "int8")
     job = tensorrt_build.Job(
-        str(folder / "model.onnx"), str(path), "tensorrt", options, [{}], kinds, False, None
+        str(folder / "model.onnx"),
+        str(path),
+        "tensorrt",
+        options,
+        [{}],
+        kinds,
+        False,
+        str(folder.parent / "cache"),
     )
     made = tensorrt_build.build_here(job)
     gpu = api.gpu()
@@ -194,11 +241,14 @@ def _build_here(folder: Path, kind: str, options: Options) -> dict[str, Any]:
 
 def features(clip: Path, report: Report) -> None:
     """Everything else the contract promises, on a small model: each row says what happened."""
+    only = ",".join(sys.argv[4:])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         onnx.save(mlp.mlp(512, 64, kind="fp16"), folder / "model.onnx")
         feed = mlp.feed(512, 64)
         for title, step in STEPS.items():
+            if only and title not in only.split(","):
+                continue
             try:
                 report.add(title, step(folder, feed))
             except (InputError, RefitError, RuntimeError) as error:
@@ -296,10 +346,10 @@ STEPS: dict[str, Callable[[Path, Any], Any]] = {
     "int8 refit": _int8,
     "two profiles": _profiles,
     "fastest of three": lambda folder, feed: _facts(folder, "three", feed, refit="never", builds=3),
-    "timing cache, first": lambda folder, feed: _facts(
+    "timing cache new": lambda folder, feed: _facts(
         folder, "t1", feed, refit="never", timing_cache=str(folder / "cache"), level=5
     ),
-    "timing cache, again": lambda folder, feed: _facts(
+    "timing cache again": lambda folder, feed: _facts(
         folder, "t2", feed, refit="never", timing_cache=str(folder / "cache"), level=5
     ),
     "ampere_plus": lambda folder, feed: _facts(folder, "amp", feed, refit="never", hardware="ampere_plus"),
@@ -311,5 +361,11 @@ STEPS: dict[str, Callable[[Path, Any], Any]] = {
 
 
 if __name__ == "__main__":
-    work = {"refit": refit, "precision": precision, "sparsity": sparsity, "features": features}
+    work = {
+        "refit": refit,
+        "int8refit": int8refit,
+        "precision": precision,
+        "sparsity": sparsity,
+        "features": features,
+    }
     work[sys.argv[1]](Path(sys.argv[2]), Report(Path(sys.argv[3])))

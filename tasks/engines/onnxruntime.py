@@ -12,15 +12,16 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from tasks.artifacts import Facts
 from tasks.engines.common import Arrays, Built, RefitError, Samples, graph_digest, model_file
 from tasks.engines.lowering import Steps, lower, requantize
 from tasks.engines.lowering.split import PLAN, PLAN_INDEX, WEIGHTS, WEIGHTS_INDEX, load, sha256, split, table
+from tasks.engines.onnxruntime_parity import CEILINGS, agrees, limits, parity, reference
 from tasks.engines.onnxruntime_proof import proof
 from tasks.engines.onnxruntime_session import (
     LEVELS,
@@ -28,7 +29,6 @@ from tasks.engines.onnxruntime_session import (
     check_plan,
     device,
     open,
-    start,
     table_problem,
     version,
 )
@@ -37,10 +37,16 @@ from tasks.errors import InputError
 __all__ = ["OrtSession", "build", "device", "open", "parity", "proof", "refit", "version"]
 
 RUNTIME = "onnxruntime"
-# Largest and mean error allowed, as shares of the largest reference output. Rounding that falls the other
-# way moves single outputs by a few hundredths on a network with outliers; a wrong graph is off by whole ones.
-MAX_LIMIT, MEAN_LIMIT = 0.10, 0.02
-REQUANTIZE_LIMIT = 0.20  # mean error of the steps that change numbers; the accuracy gate judges them
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Outputs to meet on real inputs, and how nearly."""
+
+    samples: Samples
+    expected: Sequence[Arrays]
+    limits: dict[str, float]
+    threads: int | None
 
 
 def build(model: Path, folder: Path, *, samples: Samples, threads: int | None = None) -> Built:
@@ -49,16 +55,15 @@ def build(model: Path, folder: Path, *, samples: Samples, threads: int | None = 
     began = time.perf_counter()
     source = load(model_file(model))
     digest = graph_digest(source)
-    wanted, changes, facts = _requantized(source, samples, threads)
-    expected = _outputs(wanted, samples, threads)
+    wanted, changes, goal, facts = _requantized(source, samples, threads)
+    tried: list[Facts] = []
     for lowered, steps in (lower(wanted), (wanted, [])):
-        index = {"graph": digest, "requantize": changes, "steps": steps}
-        trials = _write(lowered, folder, index, samples, expected, threads)
-        if trials[-1]["agrees"]:
+        tried += _write(lowered, folder, {"graph": digest, "requantize": changes, "steps": steps}, goal)
+        if tried[-1]["agrees"]:
             break
     else:
-        raise InputError(f"{model}: ONNX Runtime {version()} cannot run this graph: {trials[-1]}")
-    facts |= {**trials[-1], "levels": trials, "requantize": changes, "steps": steps}
+        raise InputError(f"{model}: ONNX Runtime {version()} cannot run this graph: {tried[-1]}")
+    facts |= {**tried[-1], "limits": goal.limits, "tried": tried, "requantize": changes, "steps": steps}
     facts |= _sizes(folder / "plan", folder / "weights")
     facts["proof"] = proof(folder / "plan", folder / "weights", samples[0], threads=threads)
     facts["build_seconds"] = time.perf_counter() - began
@@ -81,73 +86,34 @@ def refit(plan: Path, model: Path, folder: Path, *, samples: Samples, threads: i
             f"{model} lowers by other steps than {plan}: {_first_difference(index, changes, steps)}"
         )
     _same_plan(lowered, plan, folder / "weights")
-    trial = _trial(
-        plan, folder / "weights", index["level"], samples, _outputs(wanted, samples, threads), threads
-    )
+    expected = reference(wanted, samples, threads)
+    allowed, noise = limits(wanted, expected, samples, threads)
+    goal = Goal(samples, expected, allowed, threads)
+    trial = _trial(plan, folder / "weights", index["level"], goal)
     if not trial["agrees"]:
         raise RefitError(f"{model} on {plan} gives other outputs than its own graph: {trial}")
-    facts = {**trial, **_sizes(plan, folder / "weights")}
+    facts = {**trial, **noise, "limits": allowed, **_sizes(plan, folder / "weights")}
     facts["proof"] = proof(plan, folder / "weights", samples[0], threads=threads)
     facts["refit_seconds"] = time.perf_counter() - began
     return Built(digest, RUNTIME, index["version"], index["device"], "executed", facts)
 
 
-def parity(expected: Sequence[Arrays], got: Sequence[Arrays]) -> dict[str, float]:
-    """Maximum and mean absolute error over all outputs, and both as shares of the largest value.
-
-    Equal values have no error, even infinite ones; any other value that is not finite has an infinite one.
-    """
-    pairs = [(want[name], out[name]) for want, out in zip(expected, got, strict=True) for name in want]
-    errors = np.concatenate([_errors(a, b) for a, b in pairs])
-    finite = [np.abs(a[np.isfinite(a)]).max(initial=0.0) for a, _ in pairs]
-    scale = float(max(finite)) or 1.0
-    largest, mean = float(errors.max()), float(errors.mean())
-    return {
-        "max_error": largest,
-        "mean_error": mean,
-        "max_error_share": largest / scale,
-        "mean_error_share": mean / scale,
-    }
-
-
-def _errors(want: np.ndarray, got: np.ndarray) -> np.ndarray:
-    if want.shape != got.shape:
-        return np.array([np.inf])
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(want.astype(np.float64) - got.astype(np.float64)).ravel()
-    difference[(want == got).ravel()] = 0.0
-    return np.where(np.isfinite(difference), difference, np.inf)
-
-
 def _requantized(
     source: onnx.ModelProto, samples: Samples, threads: int | None
-) -> tuple[onnx.ModelProto, Steps, Facts]:
-    """The graph with large embedding tables in INT8, unless its outputs then move too far."""
+) -> tuple[onnx.ModelProto, Steps, Goal, Facts]:
+    """The graph with large embedding tables in INT8, unless its outputs then move too far, and its goal."""
+    expected = reference(source, samples, threads)
+    allowed, facts = limits(source, expected, samples, threads)
     changed, changes = requantize(source)
-    if not changes:
-        return source, [], {}
-    errors = parity(_outputs(source, samples, threads), _outputs(changed, samples, threads))
-    if errors["mean_error_share"] > REQUANTIZE_LIMIT:
-        return source, [], {"requantize_refused": errors}
-    return changed, changes, {"requantize_error": errors}
+    if changes:
+        outputs = reference(changed, samples, threads)
+        facts["requantize_error"] = parity(expected, outputs)
+        if agrees(facts["requantize_error"], CEILINGS):  # new numbers: the accuracy gate judges them
+            return changed, changes, Goal(samples, outputs, allowed, threads), facts
+    return source, [], Goal(samples, expected, allowed, threads), facts
 
 
-def _outputs(model: onnx.ModelProto, samples: Samples, threads: int | None) -> list[dict[str, np.ndarray]]:
-    """What the graph says: its outputs without any optimization."""
-    with tempfile.TemporaryDirectory() as name:
-        split(model, Path(name), Path(name))
-        with start(Path(name) / PLAN, Path(name), level="disabled", threads=threads) as session:
-            return [session.run(sample) for sample in samples]
-
-
-def _write(
-    model: onnx.ModelProto,
-    folder: Path,
-    index: Facts,
-    samples: Samples,
-    expected: Sequence[Arrays],
-    threads: int | None,
-) -> list[Facts]:
+def _write(model: onnx.ModelProto, folder: Path, index: Facts, goal: Goal) -> list[Facts]:
     """Write plan and weights at the first level that agrees; all levels tried, the kept one last."""
     plan, weights = folder / "plan", folder / "weights"
     split(model, plan, weights)
@@ -156,7 +122,7 @@ def _write(
         about = {"runtime": RUNTIME, "version": version(), "device": device(), "level": level}
         _dump(plan / PLAN_INDEX, {**about, **index, "sha256": sha256(plan / PLAN)})
         _index_weights(model_table(plan), plan, weights)
-        trials.append(_trial(plan, weights, level, samples, expected, threads))
+        trials.append(_trial(plan, weights, level, goal))
         if trials[-1]["agrees"]:
             break
     return trials
@@ -172,24 +138,15 @@ def _index_weights(tensors: dict[str, list[object]], plan: Path, weights: Path) 
     _dump(weights / WEIGHTS_INDEX, {**sums, "tensors": tensors})
 
 
-def _trial(
-    plan: Path,
-    weights: Path,
-    level: str,
-    samples: Samples,
-    expected: Sequence[Arrays],
-    threads: int | None,
-) -> Facts:
+def _trial(plan: Path, weights: Path, level: str, goal: Goal) -> Facts:
     began = time.perf_counter()
     try:
-        session = open(plan, weights, level=level, threads=threads)
+        with open(plan, weights, level=level, threads=goal.threads) as session:
+            seconds = time.perf_counter() - began
+            errors = parity(goal.expected, [session.run(sample) for sample in goal.samples])
     except InputError as error:
         return {"level": level, "agrees": False, "error": str(error)}
-    seconds = time.perf_counter() - began
-    with session:
-        errors = parity(expected, [session.run(sample) for sample in samples])
-    agrees = errors["max_error_share"] <= MAX_LIMIT and errors["mean_error_share"] <= MEAN_LIMIT
-    return {"level": level, "agrees": agrees, "open_seconds": seconds, **errors}
+    return {"level": level, "agrees": agrees(errors, goal.limits), "open_seconds": seconds, **errors}
 
 
 def _same_plan(model: onnx.ModelProto, plan: Path, weights: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -33,14 +34,15 @@ def proof(plan: Path, weights: Path | None, sample: Arrays, *, threads: int | No
     `fallbacks` says for each product that ran in float why it did; `milliseconds` is the profile by operator.
     """
     with tempfile.TemporaryDirectory() as name:
-        with open(plan, weights, threads=threads, profile=Path(name) / "run") as session:
+        session = open(plan, weights, threads=threads, profile=Path(name) / "run")
+        with session:
             session.run(sample)
             session.run(sample)
             events = json.loads(Path(session.raw.end_profiling()).read_text())
-        optimized = onnx.load(Path(name) / "run.onnx", load_external_data=False)
     nodes = _second_run(events)
-    products = [_product(event, optimized) for event in nodes if event["args"]["op_name"] in INTEGER | FLOAT]
-    reasons = _reasons(onnx.load(plan / PLAN, load_external_data=False))
+    graph = onnx.load(plan / PLAN, load_external_data=False)
+    products = [_product(event, graph) for event in nodes if event["args"]["op_name"] in INTEGER | FLOAT]
+    reasons = _reasons(graph)
     floats = [p for p in products if not p["integer"]]
     return {
         "products": len(products),
@@ -48,6 +50,7 @@ def proof(plan: Path, weights: Path | None, sample: Arrays, *, threads: int | No
         "quantized_share_by_count": _share([1] * len(products), [1] * len(floats)),
         "operators": dict(sorted(Counter(p["operator"] for p in products).items())),
         "fallbacks": [{**p, "why": reasons.get(p["node"], "not quantized in the graph")} for p in floats],
+        "unplaced": [p["node"] for p in products if not p["operations"]],
         "sparse_share": 0.0,  # ONNX Runtime has no kernel that skips 2:4 zeros
         "milliseconds": _milliseconds(nodes),
     }
@@ -60,35 +63,49 @@ def _second_run(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [e for e in kernels if e["ts"] >= start]
 
 
-def _product(event: dict[str, Any], graph: onnx.ModelProto) -> dict[str, Any]:
-    name, operator = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
-    return {
-        "node": name,
-        "operator": operator,
-        "integer": operator in INTEGER,
-        "operations": _operations(event["args"], name, graph),
-    }
+def _product(event: dict[str, Any], plan: onnx.ModelProto) -> dict[str, Any]:
+    name, arguments = event["name"].removesuffix("_kernel_time"), event["args"]
+    operator = arguments["op_name"]
+    if "Conv" in operator:
+        name, operations = _convolution(name, arguments, plan)
+    else:
+        operations = _operations(arguments)
+    return {"node": name, "operator": operator, "integer": operator in INTEGER, "operations": operations}
 
 
-def _operations(arguments: dict[str, Any], name: str, graph: onnx.ModelProto) -> int:
-    """Multiplications and additions of a product, from the shapes that it ran on."""
+def _operations(arguments: dict[str, Any]) -> int:
+    """Multiplications and additions of a matrix product, from the shapes that it ran on."""
     inputs = [shape for item in arguments["input_type_shape"] for shape in item.values()]
     output = next(iter(arguments["output_type_shape"][0].values()))
     operator = arguments["op_name"]
     if operator in ("Attention", "MultiHeadAttention"):
         batch, queries, width = inputs[0]
         return int(4 * batch * queries * inputs[1][1] * width)
-    if "Conv" in operator:
-        return int(2 * math.prod(output) * math.prod(_weight_shape(name, graph)[1:]))
     inner = math.prod(inputs[0]) // math.prod(output[:-1]) if "Gemm" in operator else inputs[0][-1]
     return int(2 * math.prod(output) * inner)
 
 
-def _weight_shape(name: str, graph: onnx.ModelProto) -> list[int]:
-    """A convolution's weight shape, from the optimized graph: packing hides it from the profile."""
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}
-    node = next(node for node in graph.graph.node if node.name == name)
-    return next(shapes[i] for i in node.input if len(shapes.get(i, ())) >= 3)
+def _convolution(name: str, arguments: dict[str, Any], plan: onnx.ModelProto) -> tuple[str, int]:
+    """A convolution's name in the plan and its operations.
+
+    The runtime renames it for its layout (`_token_N`: channels last, `_nchwc`: blocks of channels,
+    padded) or after a Relu that it took in, and hides the packed weight: its shape is the plan's.
+    One that cannot be found there has 0 operations and shows up as unplaced.
+    """
+    output = next(iter(arguments["output_type_shape"][0].values()))
+    last = re.search(r"_token_\d+$", name)
+    producers = {name: node for node in plan.graph.node for name in node.output}
+    known = {node.name: node for node in plan.graph.node}
+    node = known.get(re.sub(r"_token_\d+$|_nchwc$", "", name))
+    while node is not None and "Conv" not in node.op_type:
+        node = producers.get(node.input[0])
+    if node is None:
+        return name, 0
+    shapes = {tensor.name: list(tensor.dims) for tensor in plan.graph.initializer}
+    stored = [producers[i].input[0] if i in producers else i for i in node.input]
+    weight = next(shapes[i] for i in stored if len(shapes.get(i, ())) >= 3)
+    pixels = math.prod(output) // (output[-1] if last else output[1])
+    return node.name, int(2 * pixels * math.prod(weight))
 
 
 def _reasons(plan: onnx.ModelProto) -> dict[str, str]:
@@ -100,7 +117,7 @@ def _reasons(plan: onnx.ModelProto) -> dict[str, str]:
         if node.op_type in FLOAT:
             sides = [_stored(producers, kinds, name) for name in node.input[:2]]
             if any(side is not None for side in sides):
-                found[node.name] = _why(sides)
+                found[node.name] = _why(node.op_type, sides)
     return found
 
 
@@ -114,12 +131,14 @@ def _stored(producers: dict[str, onnx.NodeProto], kinds: dict[str, int], name: s
     return kinds.get(node.input[0], kinds.get(node.input[2], 0) if len(node.input) > 2 else 0)
 
 
-def _why(sides: list[int | None]) -> str:
+def _why(operator: str, sides: list[int | None]) -> str:
     types = [
         onnx.TensorProto.DataType.Name(kind) if kind else "unknown" for kind in sides if kind is not None
     ]
     if any(kind is None for kind in sides):
         return f"only one side is quantized ({types[0]})"
+    if all(kind in EIGHT_BITS for kind in sides) and operator == "Conv":
+        return "its result is wanted in float, where ConvInteger is slower than a float convolution"
     if all(kind in EIGHT_BITS for kind in sides):
         return "its scales or axes have no integer kernel"
     return f"no kernel on this processor for {' times '.join(types)}"

@@ -56,8 +56,12 @@ class OrtSession:
         self.outputs = [o.name for o in session.get_outputs()]
 
     def run(self, feed: Arrays) -> dict[str, np.ndarray]:
-        """All outputs by name."""
-        return dict(zip(self.outputs, self.raw.run(self.outputs, dict(feed)), strict=True))
+        """All outputs by name; InputError when the inputs do not fit the graph."""
+        try:
+            return dict(zip(self.outputs, self.raw.run(self.outputs, dict(feed)), strict=True))
+        except Exception as error:  # onnxruntime's exception classes share no public base
+            shapes = {name: array.shape for name, array in feed.items()}
+            raise InputError(f"the engine takes {self.inputs} and cannot run on {shapes}: {error}") from error
 
     def __enter__(self) -> OrtSession:
         return self
@@ -106,7 +110,6 @@ def start(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-        options.optimized_model_filepath = f"{profile}.onnx"
     source: bytes | str = str(model) if weights is None else model.read_bytes()
     try:
         return OrtSession(ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]))

@@ -93,8 +93,16 @@ def _give_named(
 
 
 def as_8_6(array: np.ndarray) -> np.ndarray:
-    """The type 8.6's parser turned a tensor into: int64 to int32, double to float."""
-    kinds = {np.dtype(np.int64): np.int32, np.dtype(np.float64): np.float32}
+    """The type that 8.6's parser keeps a constant in: int64 as int32, double and int8 as float32.
+
+    int8 holds for zero points and for folded weights: given as int8 they are taken, refit_cuda_engine
+    then fails, and the engine is left half refitted.
+    """
+    kinds = {
+        np.dtype(np.int64): np.int32,
+        np.dtype(np.float64): np.float32,
+        np.dtype(np.int8): np.float32,
+    }
     return np.ascontiguousarray(array, kinds.get(array.dtype, array.dtype))
 
 

@@ -116,9 +116,19 @@ def test_scores_choose_their_method() -> None:
 
 
 def test_a_statistic_that_never_changes_keeps_a_width() -> None:
-    found = statistics.compare_statistic(lambda rows: 0.5, lambda rows: 0.5, 200, 0.95, 0)
+    found = statistics.compare_statistic(lambda rows: 0.5, lambda rows: 0.5, 200, 0, 0.95, 0)
     assert found.difference[0] < 0 < found.difference[1]
     assert found.detectable > 0
+
+
+def test_few_differences_are_not_overconfident() -> None:
+    values = np.zeros(1000)
+    values[:6] = -1.0
+    few, many = (
+        statistics.compare_statistic(lambda rows: values[rows].mean(), lambda rows: 0.0, 1000, k, 0.95, 0)
+        for k in (6, 1000)
+    )
+    assert few.difference[0] < many.difference[0] < -0.006
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

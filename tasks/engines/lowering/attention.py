@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from onnx import helper
 
@@ -51,9 +52,10 @@ def _fuse(graph: Graph, softmax: onnx.NodeProto) -> dict[str, str] | None:
         return None
     if attribute(softmax, "axis", -1) not in (-1, 3) or product.input[0] != softmax.output[0]:
         return None
+    inputs = [query.value, key.value, value.value]
     new = helper.make_node(
         "Attention",
-        [query.value, key.value, value.value, mask] if mask else [query.value, key.value, value.value],
+        [*inputs, _full_mask(graph, mask, query.value)] if mask else inputs,
         [last.output[0]],
         name=last.output[0],
         q_num_heads=query.width // query.head,
@@ -82,6 +84,17 @@ def _scores(graph: Graph, name: str) -> tuple[onnx.NodeProto, float, str] | None
         scale = float(number.reshape(())) if node.op_type == "Mul" else 1.0 / float(number.reshape(()))
         node = graph.producer(node.input[0])
     return (node, scale, mask) if node is not None and node.op_type == "MatMul" else None
+
+
+def _full_mask(graph: Graph, mask: str, query: str) -> str:
+    """The mask with a row for each query, an axis that the operator does not broadcast."""
+    name = f"{mask}/rows"
+    if graph.producer(name) is None:
+        one = graph.constant("one", np.ones(1, np.int64))
+        graph.add(helper.make_node("Shape", [query], [f"{name}.length"], start=1, end=2))
+        graph.add(helper.make_node("Concat", [one, one, f"{name}.length", one], [f"{name}.shape"], axis=0))
+        graph.add(helper.make_node("Expand", [mask, f"{name}.shape"], [name]))
+    return name
 
 
 def _heads(graph: Graph, name: str, perm: list[int]) -> Heads | None:

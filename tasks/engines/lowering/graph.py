@@ -23,12 +23,11 @@ class Graph:
         self.outputs = {o.name for o in model.graph.output}
         self._producers: dict[str, onnx.NodeProto] = {}
         self._consumers: dict[str, dict[int, onnx.NodeProto]] = defaultdict(dict)
-        self._last = 0
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.tensors[node.output[0]] = _named(node.attribute[0].t, node.output[0])
             else:
-                self.add(node)
+                self.add(_copy(node))
 
     def add(self, node: onnx.NodeProto) -> None:
         """Put a node into the graph; its place is found when the graph is written."""
@@ -57,10 +56,9 @@ class Graph:
     def rename(self, old: str, new: str) -> None:
         """Let every user of a value take another one."""
         for node in self.consumers(old):
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.input[:] = [new if name == old else name for name in node.input]
-            self.replace([node], [copy])
+            node.input[:] = [new if name == old else name for name in node.input]
+            self._consumers[new][id(node)] = node
+        del self._consumers[old]
 
     def of(self, *kinds: str) -> list[onnx.NodeProto]:
         """The nodes of these op types."""
@@ -141,6 +139,12 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
         if item.name == name:
             return helper.get_attribute_value(item)
     return default
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    return copy
 
 
 def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:

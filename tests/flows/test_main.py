@@ -1,0 +1,94 @@
+"""The command line: what it answers before anything heavy is imported, and its exit statuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+QUICK = "digits-cnn-int8-ptq"
+
+
+def flows(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "flows", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+
+
+def told(done: subprocess.CompletedProcess[str]) -> str:
+    return "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["optimize", "--help"], 0),
+        (["recipes"], 0),
+        (["optimize", "no-such-recipe"], 2),
+        (["optimize", QUICK, "--set", "quantise.format=int8"], 2),
+        (["optimise", QUICK], 2),
+        ([], 2),
+    ],
+)
+def test_help_and_mistakes_answer_before_anything_heavy_is_imported(
+    arguments: list[str], status: int
+) -> None:
+    done = flows(*arguments)
+    assert done.returncode == status
+    assert not imported(done) & {"prefect", "mlflow", "torch", "modelopt", "transformers", "onnx", "numpy"}
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_in_the_recipe_is_told_with_the_way_out() -> None:
+    assert "did you mean quantize?" in told(flows("optimize", QUICK, "--set", "quantise.format=int8"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.source=path:/no/such/file.csv", "no such file or folder"),
+        ("data.label=class", "no column 'class'"),
+        ('data.labels=["0", "1"]', "unknown label"),
+        ("gate.metric=acuracy", "accuracy"),
+        ("gate.metric=perplexity", "a classifier gives label and probability"),
+        ("data.image.shape=[3, 8, 8]", "needs 192 columns"),
+        ("model.source=python:recipes.digits_cnn:none", "cannot be imported"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_input_is_told_in_words_and_registers_nothing(override: str, words: str, tmp_path: Path) -> None:
+    """One whole command each; Prefect's start is most of it."""
+    from mlflow import MlflowClient
+
+    done = flows("optimize", QUICK, "--set", override, ENGINEHOUSE_HOME=str(tmp_path))
+    assert done.returncode == 2, told(done)
+    assert words in told(done)
+    assert "Traceback" not in done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.search_registered_models() == []
+    (run,) = client.search_runs([client.get_experiment_by_name("enginehouse").experiment_id])
+    assert run.info.status == "FAILED"
+    assert words in run.data.tags["error"]
+
+
+def test_a_state_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = flows("optimize", QUICK, ENGINEHOUSE_HOME=str(tmp_path / "file" / "home"))
+    assert done.returncode == 2
+    assert "set ENGINEHOUSE_HOME to a folder that is" in told(done)

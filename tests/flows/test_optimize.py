@@ -1,0 +1,200 @@
+"""The whole pipeline on the quick recipe: promoted, refused, built; again, killed, damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tasks import registry, store
+
+if TYPE_CHECKING:
+    from flows.optimize import Outcome
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent.parent
+QUICK = "digits-cnn-int8-ptq"
+Optimize = Callable[..., "Outcome"]
+
+
+def artifacts(outcome: Outcome) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    registry.client()
+    return Path(download_artifacts(run_id=outcome.version.run_id))
+
+
+def test_a_good_engine_is_promoted_with_everything_that_shows_why(digits: Outcome) -> None:
+    assert digits.verdict == "promoted"
+    assert digits.version.alias == "champion"
+    assert digits.metrics["candidate_accuracy"] > 0.93
+    folder = artifacts(digits)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == json.loads(Path(digits.version.manifest).read_text())
+    assert manifest["engines"]["candidate"]["proved"] == "executed"
+    assert manifest["quantizers"]["weights"] == 5
+    assert manifest["data"]["rows"] == {"train": 1000, "calibration": 128, "test": 797}
+    assert {"commit", "dirty"} <= set(manifest["code"])
+    assert manifest["versions"]["onnxruntime"]
+    assert [stage["stage"] for stage in manifest["stages"]][:4] == [
+        "load data",
+        "load model",
+        "fine-tune",
+        "calibrate",
+    ]
+    for name in ("gate/gate.md", "gate/gate.png", "gate/measurements.json", "checkpoint/model.safetensors",
+                 "onnx/candidate/model.onnx", "onnx/baseline/model.onnx", "engines/baseline/engine.json"):  # fmt: skip
+        assert (folder / name).is_file(), name
+
+
+def test_the_registry_says_why(digits: Outcome) -> None:
+    version = registry.client().get_model_version(digits.version.model, digits.version.version)
+    assert version.tags["gate"] == "passed"
+    assert version.tags["proved"] == "executed"
+    assert "accuracy" in version.description
+    run = registry.client().get_run(version.run_id)
+    assert run.data.params["quantize.format"] == "int8"
+    assert run.data.metrics["baseline_accuracy"] == digits.metrics["baseline_accuracy"]
+    curve = registry.client().get_metric_history(version.run_id, "baseline_loss")
+    assert len(curve) > 10
+    assert curve[-1].value < curve[0].value
+
+
+def test_the_verdict_can_be_recomputed_from_what_was_logged(digits: Outcome) -> None:
+    from tasks.gate import judge
+    from tasks.measurements import measurements_from_json, verdict_bytes
+
+    folder = artifacts(digits) / "gate"
+    again = judge(
+        measurements_from_json((folder / "measurements.json").read_bytes()), digits.attempt.recipe.gate
+    )
+    assert verdict_bytes(again) == (folder / "verdict.json").read_bytes()
+
+
+def test_a_second_run_reuses_every_stage_and_registers_nothing_new(
+    digits: Outcome, optimize: Optimize
+) -> None:
+    again = optimize(QUICK)
+    assert all(timing.reused for timing in again.attempt.timeline), again.attempt.timeline
+    assert len(again.attempt.timeline) == len(digits.attempt.timeline)
+    assert again.version == digits.version
+
+
+def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: Optimize) -> None:
+    changed = optimize(QUICK, "benchmark.rounds=6", "promote=manual")
+    fresh = [timing.stage for timing in changed.attempt.timeline if not timing.reused]
+    assert fresh == ["benchmark", "gate"]
+    assert changed.verdict == "registered"
+    assert changed.version.gate == "passed"
+    assert changed.version.alias is None
+
+
+def test_a_refused_candidate_is_logged_and_gets_no_alias(digits: Outcome, optimize: Optimize) -> None:
+    refused = optimize(QUICK, "gate.max_size_ratio=0.01")
+    assert refused.verdict == "refused"
+    assert any("size" in reason for reason in refused.reasons)
+    version = registry.client().get_model_version(refused.version.model, refused.version.version)
+    assert version.tags["gate"] == "refused"
+    assert "size" in version.description
+    assert "champion" not in version.aliases
+    found = registry.client().get_model_version_by_alias("digits-cnn", "champion")
+    assert str(found.version) == digits.version.version
+    with pytest.raises(AssertionError, match="gate=refused"):
+        registry.promote.fn(refused.version)
+
+
+def test_a_champion_is_measured_beside_the_next_candidate(digits: Outcome, optimize: Optimize) -> None:
+    better = optimize(QUICK, "finetune.seed=1", "model.name=digits-cnn")
+    assert better.attempt.engines["champion"] == digits.attempt.engines["candidate"]
+    assert "champion_accuracy" in better.metrics
+    assert {rule.name for rule in better.attempt.verdict.rules if "champion" in rule.sentence}  # type: ignore[union-attr]
+    registry.client().set_registered_model_alias("digits-cnn", "champion", digits.version.version)
+
+
+def test_an_engine_that_cannot_run_here_is_built_and_waits(digits: Outcome, optimize: Optimize) -> None:
+    pending = optimize(QUICK, "build.runtime=tensorrt-rtx", "model.name=digits-rtx")
+    assert pending.verdict == "built"
+    assert pending.attempt.engines["candidate"].proved == "built"
+    version = registry.client().get_model_version("digits-rtx", pending.version.version)
+    assert version.tags["gate"] == "pending"
+    assert version.aliases == []
+    assert pending.attempt.verdict is None
+
+
+def test_a_damaged_artifact_is_made_again(digits: Outcome, optimize: Optimize) -> None:
+    blob = digits.attempt.engines["candidate"].plan.blob
+    for file in store.path(blob).rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0" * 64)
+    again = optimize(QUICK)
+    assert again.verdict == "promoted"
+    assert store.intact(blob)
+    assert [timing.stage for timing in again.attempt.timeline if not timing.reused][0] == "build"
+
+
+def test_serving_needs_neither_torch_nor_modelopt_and_unpickles_nothing(digits: Outcome) -> None:
+    code = f"""
+import sys, json, pickle, numpy, mlflow
+def refuse(*a, **k): raise RuntimeError("unpickled")
+mlflow.set_tracking_uri({registry.default_uri()!r})
+pickle.load = pickle.loads = pickle.Unpickler = refuse
+model = mlflow.pyfunc.load_model("models:/digits-cnn@champion")
+found = model.predict(numpy.zeros((3, 1, 8, 8), numpy.float32))
+assert not {{"torch", "modelopt", "transformers"}} & set(sys.modules), "heavy"
+print(json.dumps(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 3
+    assert set(found[0]) == {"label", "score"}
+    assert found[0]["label"] in digits.attempt.dataset.labels
+
+
+def test_a_killed_run_started_again_repeats_no_finished_stage(tmp_path: Path) -> None:
+    environment = os.environ | {"ENGINEHOUSE_HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment |= {"PREFECT_LOCAL_STORAGE_PATH": str(tmp_path / "results")}
+    command = [sys.executable, "-m", "flows", "optimize", QUICK, "--set", "finetune.epochs=2"]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=out, stdout=out, start_new_session=True
+        )
+        _wait(lambda: "calibrate …" in log.read_text(), running)
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    done = subprocess.run(
+        [*command, "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode in (0, 3), done.stderr
+    for stage in ("load data", "load model", "fine-tune"):
+        assert f"{stage}: reused" in done.stderr
+    assert "calibrate: reused" not in done.stderr
+    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    keys = {"verdict", "recipe", "model", "version", "alias", "reasons", "metrics", "run_id", "manifest"}
+    assert set(last) == keys
+    assert {"promoted": 0, "refused": 3}[last["verdict"]] == done.returncode
+
+
+def _wait(ready: Callable[[], bool], running: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 300
+    while not ready():
+        assert running.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.1)

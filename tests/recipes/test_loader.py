@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import recipes
+from recipes import RecipeError
+
+QUICK = "digits-cnn-int8-ptq"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_that_ships_loads(name: str) -> None:
+    assert recipes.load(name).name == name
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = recipes.load(QUICK)
+    with pytest.raises(ValidationError):
+        recipe.model.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("quantise.format=int8", ["quantise: unknown key", "did you mean quantize?"]),
+        ("quantize.fromat=int8", ["quantize.fromat: unknown key", "did you mean format?", "algorithm"]),
+        ("gate.max_drops=0.1", ["gate.max_drops: unknown key", "did you mean max_drop?"]),
+        ("quantize.format=int7", ["quantize.format: 'int7'", "int8, fp8", "did you mean int8?"]),
+        ("data.split.test=0", ["data.split.test", "greater than or equal to 1", "got 0"]),
+        ("data.split.train=many", ["data.split.train", "'many'"]),
+        ("data.source=somewhere", ["data.source: 'somewhere' is no source", "path:", "package:"]),
+        ("model.name=a b", ["model.name", "'a b'"]),
+        ("data.image=null", ["needs data.image"]),
+        ("build.also=[onnxruntime]", ["names the target runtime onnxruntime again"]),
+        ("benchmark.batch_sizes=[128]", ["beyond build.max_batch"]),
+        ("finetune=null", ["starts from random weights"]),
+        ("gate={}", ["no rule is set"]),
+        ("task=text-clasification", ["did you mean text-classification?"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_the_way_out(override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(QUICK, [override])
+    for word in [*words, f"{QUICK}.yaml"]:
+        assert word in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(QUICK, ["quantize.format=int7", "finetune.epochs=-1"])
+    assert "quantize.format" in str(caught.value)
+    assert "finetune.epochs" in str(caught.value)
+
+
+def test_overrides_are_yaml_values() -> None:
+    recipe = recipes.load(QUICK, ["benchmark.batch_sizes=[1, 2]", "promote=manual", "qat.epochs=0.5"])
+    assert recipe.benchmark.batch_sizes == (1, 2)
+    assert recipe.promote == "manual"
+    assert recipe.qat is not None
+    assert recipe.qat.epochs == 0.5
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "task.deeper=1", "gate=[", "gate=: :"])
+def test_an_override_that_cannot_be_read_is_an_error(override: str) -> None:
+    with pytest.raises(RecipeError, match="--set|not valid"):
+        recipes.load(QUICK, [override])
+
+
+def test_no_such_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean digits-cnn-int8-ptq"):
+        recipes.load("digits-cnn-int8-pqt")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("task: [", "not valid YAML"),
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("task: a\ntask: b\n", "stands twice"),
+        ("", "a recipe is a mapping"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        recipes.load(str(file))
+
+
+def test_a_recipe_outside_the_folder_takes_its_name_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text((recipes.loader.FOLDER / f"{QUICK}.yaml").read_text())
+    assert recipes.load(str(file)).name == "mine"

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+from safetensors.numpy import load_file
+
+from tasks.engines.lowering import lower, requantize
+from tasks.engines.lowering.graph import Graph
+from tasks.engines.lowering.split import PLAN, WEIGHTS, load, split
+from tests.tasks.engines.onnx_graphs import Builder, image, pixels, sentences, text
+
+
+def run(model: onnx.ModelProto, sample: dict[str, np.ndarray]) -> np.ndarray:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, sample)[0])
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def linear(**changes: object) -> onnx.ModelProto:
+    """One Gemm on a quantized input, changed by what a test is about."""
+    b = Builder(0)
+    data = b.activation("x", 0.05)
+    weight = b.weight(4, 8, axis=int(str(changes.pop("axis", 0))))
+    bias = b.constant(np.asarray(changes.pop("bias", b.normal(4))))
+    return b.model(
+        {"x": (TensorProto.FLOAT, ["n", 8])}, b.add("Gemm", data, weight, bias, transB=1, **changes), ["n", 4]
+    )
+
+
+def test_a_text_model_keeps_its_numbers_in_integer_operators() -> None:
+    model = text()
+    lowered, steps = lower(model)
+    found = operators(lowered)
+    assert found["MatMulIntegerToFloat"] == 7
+    assert found["Attention"] == 1
+    assert not {"DequantizeLinear", "MatMul", "Gemm", "Softmax", "Transpose"} & set(found)
+    assert Counter(step["transform"] for step in steps) == {"gemm": 7, "attention": 1}
+    for sample in sentences():
+        assert np.abs(run(lowered, sample) - run(model, sample)).max() < 1e-5
+
+
+def test_query_key_and_value_share_one_quantize_node_only_on_one_scale() -> None:
+    assert operators(lower(text())[0])["QuantizeLinear"] == 5
+    assert operators(lower(text(key_scale=0.02))[0])["QuantizeLinear"] == 6
+
+
+def test_values_past_the_scale_saturate_as_before() -> None:
+    model = linear()
+    lowered, _ = lower(model)
+    assert operators(lowered)["MatMulIntegerToFloat"] == 1
+    sample = {"x": np.linspace(-9, 9, 40, dtype=np.float32).reshape(5, 8)}
+    np.testing.assert_allclose(run(lowered, sample), run(model, sample), atol=1e-5)
+    zeros = [t for t in lowered.graph.initializer if t.data_type == TensorProto.UINT8]
+    assert [onnx.numpy_helper.to_array(zero).tolist() for zero in zeros] == [128]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"axis": 1}, {"alpha": 0.5}, {"beta": 0.5}, {"bias": np.ones((1, 4), np.float32)}], ids=str
+)
+def test_a_gemm_that_no_integer_kernel_computes_stays(changes: dict[str, object]) -> None:
+    model = linear(**changes)
+    lowered, steps = lower(model)
+    assert steps == []
+    sample = {"x": np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)}
+    np.testing.assert_array_equal(run(lowered, sample), run(model, sample))
+
+
+def test_fp8_is_left_alone() -> None:
+    model = text(kind=TensorProto.FLOAT8E4M3FN)
+    assert requantize(model)[1] == []
+    assert {step["transform"] for step in lower(model)[1]} == {"attention"}
+
+
+def test_attention_of_other_shape_stays() -> None:
+    model = text()
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            node.attribute[0].i = 2
+    lowered, steps = lower(model)
+    assert {step["transform"] for step in steps} == {"gemm"}
+    sample = sentences()[0]
+    assert np.abs(run(lowered, sample) - run(model, sample)).max() < 1e-5
+
+
+def test_an_embedding_table_goes_to_int8_within_half_a_step() -> None:
+    model = text()
+    changed, steps = requantize(model)
+    assert [step["transform"] for step in steps] == ["quantize_embedding"]
+    graph, table = Graph(changed), onnx.numpy_helper.to_array(model.graph.initializer[0])
+    name = steps[0]["weight"]
+    values, scale = graph.array(f"{name}.i8"), graph.array(f"{name}.scale")
+    assert values is not None
+    assert scale is not None
+    assert values.dtype == np.int8
+    assert np.all(np.abs(values * scale[:, None] - table) <= scale[:, None] / 2 + 1e-7)
+
+
+def test_rows_are_picked_before_they_are_scaled_with_equal_results() -> None:
+    changed, _ = requantize(text())
+    lowered, steps = lower(changed)
+    assert "embedding" in {step["transform"] for step in steps}
+    assert operators(lowered)["DequantizeLinear"] == 0
+    sample = sentences()[0]
+    assert np.abs(run(lowered, sample) - run(changed, sample)).max() < 1e-5
+
+
+def test_convolutions_stay_in_integers_up_to_the_next_layer() -> None:
+    model = image()
+    lowered, steps = lower(model)
+    assert [step["transform"] for step in steps] == ["conv", "conv", "gemm"]
+    assert not {"Conv", "Relu", "DequantizeLinear"} & set(operators(lowered))
+    sample = pixels()[0]
+    want = run(model, sample)
+    assert np.abs(run(lowered, sample) - want).max() < 0.01 * np.abs(want).max()
+
+
+def test_a_convolution_whose_result_is_summed_in_float_stays() -> None:
+    model = image(residual=True)
+    lowered, steps = lower(model)
+    assert [step["transform"] for step in steps] == ["gemm"]
+    assert operators(lowered)["Conv"] == 2
+    sample = pixels()[0]
+    assert np.abs(run(lowered, sample) - run(model, sample)).max() < 1e-5
+
+
+def test_two_trainings_have_one_plan_and_other_weights(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        split(lower(requantize(text(seed))[0])[0], tmp_path / f"plan{seed}", tmp_path / f"weights{seed}")
+    assert (tmp_path / "plan1" / PLAN).read_bytes() == (tmp_path / "plan2" / PLAN).read_bytes()
+    first, second = (load_file(tmp_path / f"weights{seed}" / WEIGHTS) for seed in (1, 2))
+    assert first.keys() == second.keys()
+    assert all(first[name].shape == second[name].shape for name in first)
+    trained = [name for name in first if first[name].size > 1 and np.any(first[name])]
+    assert sum(not np.array_equal(first[name], second[name]) for name in trained) == len(trained)
+
+
+def test_a_split_model_is_whole_again_with_its_weights(tmp_path: Path) -> None:
+    lowered, _ = lower(text())
+    split(lowered, tmp_path, tmp_path)
+    (tmp_path / WEIGHTS).read_bytes()
+    again = load(tmp_path / PLAN)
+    sample = sentences()[0]
+    np.testing.assert_array_equal(run(again, sample), run(lowered, sample))
+    assert (tmp_path / PLAN).stat().st_size < 20_000

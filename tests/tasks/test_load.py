@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.schema import Data
+from tasks import load
+from tasks.artifacts import Dataset
+from tasks.errors import InputError
+
+ROWS = [f"sentence number {k},{'good' if k % 3 else 'bad'}" for k in range(40)]
+
+
+def table(folder: Path, rows: list[str], header: str = "text,label") -> Path:
+    file = folder / "rows.csv"
+    file.write_text("\n".join([header, *rows]) + "\n")
+    return file
+
+
+def section(file: Path, **changes: Any) -> Data:
+    base: dict[str, Any] = {
+        "source": f"path:{file}",
+        "text": "text",
+        "label": "label",
+        "labels": ("bad", "good"),
+        "split": {"train": 20, "test": 10, "calibration": 5},
+    }
+    return Data.model_validate(base | changes)
+
+
+def loaded(data: Data, task: str = "text-classification") -> Dataset:
+    return load.load_data.fn(data, task, load.fingerprint(data.source))
+
+
+def test_rows_are_split_once_and_disjoint(fresh_home: Path, tmp_path: Path) -> None:
+    data = section(table(tmp_path, [*ROWS, ROWS[0], ROWS[5]]))
+    dataset = loaded(data)
+    train, test = (set(load.rows(dataset, part)["text"]) for part in ("train", "test"))
+    assert dataset.rows == {"train": 20, "calibration": 5, "test": 10}
+    assert not train & test
+    assert set(load.rows(dataset, "calibration")["text"]) <= train
+    assert dataset.facts["rows_repeated"] == 2
+    assert loaded(data) == dataset
+
+
+def test_labels_from_numbers_leave_out_what_is_near_the_cut(fresh_home: Path, tmp_path: Path) -> None:
+    rows = [f"sentence {k},{k - 20}" for k in range(41)]
+    rule = {"column": "rating", "cut": 0, "margin": 5}
+    dataset = loaded(section(table(tmp_path, rows, "text,rating"), label=rule))
+    assert dataset.facts["rows_without_label"] == 11
+    for text, label in zip(*(load.rows(dataset, "train")[k] for k in ("text", "label")), strict=True):
+        assert label == (int(text.split()[1]) > 20)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        ([], {}, "is empty"),
+        ([*ROWS, "a new one,awful"], {}, "unknown label 'awful'.*row 41.*bad, good"),
+        ([*ROWS, ",good"], {}, "1 of 41 rows have no text.*row 41"),
+        (ROWS, {"text": "sentence"}, "no column 'sentence'; it has text, label"),
+        (ROWS, {"label": "class"}, "no column 'class'"),
+        (ROWS, {"split": {"train": 35, "test": 10}}, r"asks for 35 \+ 10 rows, the data has 40"),
+        (ROWS, {"split": {"train": 20, "test": 10, "calibration": 21}}, "more than train"),
+        (ROWS, {"label": {"column": "label", "cut": 0}}, "no finite number in column 'label'"),
+        (ROWS, {"read": {"seperator": ";"}}, "cannot be read as csv"),
+        (ROWS, {"files": ["*.parquet"]}, "matches"),
+    ],
+)
+def test_bad_data_is_named(
+    fresh_home: Path, tmp_path: Path, rows: list[str], changes: dict[str, Any], words: str
+) -> None:
+    file = table(tmp_path, rows)
+    if "files" in changes:
+        changes = changes | {"source": f"path:{tmp_path}"}
+    with pytest.raises(InputError, match=words):
+        loaded(section(file, **changes))
+
+
+def test_numbers_that_are_not_finite_are_named(fresh_home: Path, tmp_path: Path) -> None:
+    file = table(tmp_path, [*(f"sentence {k},{k}" for k in range(40)), "last,nan"], "text,rating")
+    with pytest.raises(InputError, match="no finite number.*row 41"):
+        loaded(section(file, label={"column": "rating", "cut": 3}))
+
+
+def test_images_with_nan_or_the_wrong_size_are_named(fresh_home: Path, tmp_path: Path) -> None:
+    rows = [f"{k},{k},{k},{k},{'good' if k % 2 else 'bad'}" for k in range(40)]
+    image = {"image": {"shape": (1, 2, 2)}, "text": None}
+    assert (
+        loaded(section(table(tmp_path, rows, "a,b,c,d,label"), **image), "image-classification").rows["test"]
+        == 10
+    )
+    with pytest.raises(InputError, match="NaN or infinity.*row 41"):
+        bad = table(tmp_path, [*rows, "1,2,nan,4,good"], "a,b,c,d,label")
+        loaded(section(bad, **image), "image-classification")
+    with pytest.raises(InputError, match="needs 12 columns, there are 5"):
+        large = section(table(tmp_path, rows, "a,b,c,d,label"), image={"shape": (3, 2, 2)}, text=None)
+        loaded(large, "image-classification")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("path:/no/such/place", "no such file or folder"),
+        ("package:no-such-package/x", "is not installed"),
+        ("package:scikit-learn/no/such/file.csv", "holds no file that ends with"),
+        ("python:no_such_module:f", "no module"),
+    ],
+)
+def test_a_source_that_is_not_there(source: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load.fingerprint(source)
+
+
+def test_a_package_s_file_and_folder_are_found_without_importing_it() -> None:
+    assert load.locate("package:scikit-learn/datasets/data/digits.csv.gz").is_file()
+    assert (load.locate("package:scikit-learn/sklearn/datasets/data") / "digits.csv.gz").is_file()
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    file = table(tmp_path, ROWS)
+    before = load.fingerprint(f"path:{file}")
+    table(tmp_path, ROWS[:-1])
+    assert load.fingerprint(f"path:{file}") != before

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recipes.schema import Benchmark
+from tasks import stage as stages
+from tasks import store
+from tasks.artifacts import Blob, Checkpoint, Engine, Plan
+from tasks.stage import cache_key, source_digest
+
+
+def work(value: object) -> None:
+    """Only its key matters here."""
+
+
+def key(value: object) -> str:
+    return cache_key(work, ("numpy", "not-installed"), {"value": value})
+
+
+def test_a_key_follows_content_and_nothing_else() -> None:
+    blob, other = Blob("a" * 64, 3), Blob("b" * 64, 3)
+    assert key(blob) == key(Blob("a" * 64, 3)) != key(other)
+    assert key(Benchmark()) == key(Benchmark(rounds=20)) != key(Benchmark(rounds=21))
+    assert key({"x": blob}) != key({"y": blob})
+    plan = Plan(blob, "g", "onnxruntime", "1", "cpu")
+    assert key(Engine(plan, None, blob, "int8", "built")) != key(Engine(plan, other, blob, "int8", "built"))
+
+
+def test_a_checkpoint_counts_by_config_and_weights() -> None:
+    first = Checkpoint(Blob("a" * 64, 3), "text-classification", "same")
+    second = Checkpoint(Blob("b" * 64, 4), "text-classification", "same")
+    assert key(first) == key(second)
+
+
+def test_a_key_follows_the_versions_of_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(1)
+    monkeypatch.setattr(stages, "_version", lambda name: "0.0.1")
+    assert key(1) != before
+
+
+def test_a_key_follows_the_source_of_what_a_stage_imports() -> None:
+    root = Path(stages.__file__).parent
+    assert root / "checkpoints.py" in stages._imports(root / "calibrate.py")
+    assert source_digest(root / "gate.py") != source_digest(root / "calibrate.py")
+
+
+def test_a_kept_result_serves_until_its_artifact_is_damaged() -> None:
+    store.prepare()
+    runs = []
+
+    @stages.stage(name="probe")
+    def probe(text: str) -> Blob:
+        runs.append(text)
+        with store.staging() as folder:
+            (folder / "out").write_text(text)
+            return store.commit(folder)
+
+    stages.timeline.clear()
+    blob = probe("one")
+    assert probe("one") == blob
+    assert runs == ["one"]
+    (store.path(blob) / "out").write_text("harm")
+    assert probe("one") == blob
+    assert store.intact(blob)
+    assert runs == ["one", "one"]
+    assert [timing.reused for timing in stages.timeline] == [False, True, False]
