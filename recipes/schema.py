@@ -120,11 +120,11 @@ class Build(Section):
 
 
 class Benchmark(Section):
-    """Interleaved rounds of candidate and baseline at each batch size."""
+    """Interleaved rounds of every engine at each batch size; a round lasts at least `round_ms`."""
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), min_length=1)
-    rounds: int = Field(20, ge=5)
-    calls_per_round: int = Field(5, ge=1)
+    rounds: int = Field(30, ge=6)
+    round_ms: float = Field(20, ge=1)
     warmup: int = Field(3, ge=1)
 
 

@@ -46,8 +46,9 @@ def forward_loop(dataset: Dataset, preprocessor: Path, size: int, name: str) -> 
 
     def loop(model: nn.Module) -> None:
         data = batches(dataset, "calibration", preprocessor, size)
+        device = next(model.parameters()).device
         for batch in tqdm(data, total=total, desc=name, unit="batch"):
-            model(**tensors(batch))
+            model(**{key: tensor.to(device) for key, tensor in tensors(batch).items()})
 
     return loop
 

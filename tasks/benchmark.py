@@ -6,6 +6,7 @@ python -m flows optimize RECIPE     (stage `benchmark`)
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -27,7 +28,7 @@ from tasks.running import opened
 from tasks.stage import stage
 
 
-@stage(uses=("onnxruntime", "tensorrt", "numpy"), name="benchmark", timeout_seconds=3600)
+@stage(uses=("onnxruntime", "tensorrt", "numpy"), name="benchmark", gpu=True, timeout_seconds=3600)
 def benchmark(
     engines: dict[str, Engine], dataset: Dataset, section: Benchmark, threads: int | None, host: str
 ) -> Metrics:
@@ -59,7 +60,7 @@ def benchmark(
         "load_after": os.getloadavg()[0],
         "clocks_mhz": _clocks(),
         "rounds": section.rounds,
-        "calls_per_round": section.calls_per_round,
+        "round_ms": section.round_ms,
         "warmup": section.warmup,
         "shapes": {str(size): {k: list(v.shape) for k, v in feed.items()} for size, feed in inputs.items()},
     }
@@ -75,10 +76,7 @@ def _batch(dataset: Dataset, engine: Engine, size: int) -> types.Example:
 def _rounds(
     sessions: dict[str, Session], inputs: dict[int, types.Example], section: Benchmark
 ) -> dict[str, dict[int, list[list[float]]]]:
-    for feed in inputs.values():
-        for session in sessions.values():
-            for _ in range(section.warmup):
-                session.run(feed)
+    calls = {size: _calls(sessions, feed, section) for size, feed in inputs.items()}
     found: dict[str, dict[int, list[list[float]]]] = {
         name: {size: [] for size in inputs} for name in sessions
     }
@@ -86,9 +84,16 @@ def _rounds(
     for number in tqdm(range(section.rounds), desc="benchmark", unit="round"):
         for size, feed in inputs.items():
             for name in names if number % 2 == 0 else reversed(names):
-                calls = [_seconds(sessions[name], feed) for _ in range(section.calls_per_round)]
-                found[name][size].append(calls)
+                found[name][size].append([_seconds(sessions[name], feed) for _ in range(calls[size])])
     return found
+
+
+def _calls(sessions: dict[str, Session], feed: types.Example, section: Benchmark) -> int:
+    """Warm up; how many calls of the fastest engine make a round long enough to time."""
+    fastest = min(
+        min(_seconds(session, feed) for _ in range(section.warmup)) for session in sessions.values()
+    )
+    return max(1, math.ceil(section.round_ms / 1000 / fastest))
 
 
 def _seconds(session: Session, feed: types.Example) -> float:

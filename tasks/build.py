@@ -38,6 +38,7 @@ def precision(runtime: Runtime) -> Literal["fp32", "fp16"]:
 @stage(
     uses=("onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "polygraphy"),
     name="build",
+    gpu=True,
     timeout_seconds=4 * 3600,
 )
 def build(

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 BITS: dict[str, Any] = {"int8": 8, "fp8": (4, 3)}
 
 
-@stage(uses=("torch", "nvidia-modelopt", "transformers"), name="calibrate", timeout_seconds=3 * 3600)
+@stage(
+    uses=("torch", "nvidia-modelopt", "transformers"), name="calibrate", gpu=True, timeout_seconds=3 * 3600
+)
 def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Checkpoint:
     """Quantize every linear layer, convolution and (where asked) embedding that is not excluded."""
     import torch
@@ -31,6 +33,7 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
         import modelopt.torch.quantization as mtq
 
     model, config = checkpoints.restore(checkpoint)
+    model.to(checkpoints.device())
     looked_at = _quantizable(model)
     pruned = checkpoints.sparsity(model)
     loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "calibrate")

@@ -74,7 +74,9 @@ def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, fact
     import torch
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
+    }
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
         raise InputError(
@@ -116,6 +118,13 @@ def restore_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     except RuntimeError as error:
         raise InputError(f"the checkpoint does not fit its config: {error}") from error
     return model.eval(), config
+
+
+def device() -> str:
+    """Where PyTorch computes here: `cuda` or `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parameters(model: nn.Module) -> int:

@@ -29,7 +29,12 @@ def check(metric: str) -> None:
         raise InputError(f"gate.metric: {metric} takes a {takes}; a classifier gives {' and '.join(TAKEN)}")
 
 
-@stage(uses=("onnxruntime", "scikit-learn", "tokenizers", "numpy"), name="evaluate", timeout_seconds=6 * 3600)
+@stage(
+    uses=("onnxruntime", "scikit-learn", "tokenizers", "numpy"),
+    name="evaluate",
+    gpu=True,
+    timeout_seconds=6 * 3600,
+)
 def evaluate(engine: Engine, model: OnnxModel | None, dataset: Dataset, metric: str, host: str) -> Metrics:
     """The metric over the test rows, each row's prediction and score, and parity with the ONNX it came from.
 

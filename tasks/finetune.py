@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 DAY = 24 * 3600
 
 
-@stage(uses=("torch", "transformers", "accelerate", "nvidia-modelopt"), name="fine-tune", timeout_seconds=DAY)
+@stage(
+    uses=("torch", "transformers", "accelerate", "nvidia-modelopt"),
+    name="fine-tune",
+    gpu=True,
+    timeout_seconds=DAY,
+)
 def finetune(checkpoint: Checkpoint, dataset: Dataset, section: Finetune) -> Checkpoint:
     """Train on the train rows; whatever mask and quantizers the checkpoint has stay on.
 
@@ -69,13 +74,13 @@ def _trainer(
         disable_tqdm=False,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        # Texts of like length share a batch: half of the time would go into padding.
+        train_sampling_strategy="group_by_length" if "input_ids" in encoded[0] else "random",
     )
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=[
-            {"example": example, "label": int(k)} for example, k in zip(encoded, labels, strict=True)
-        ],
+        train_dataset=[{**example, "labels": int(k)} for example, k in zip(encoded, labels, strict=True)],
         data_collator=_Collator(dataset.type),
         compute_loss_func=_loss,
     )
@@ -93,7 +98,7 @@ class _Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        batch = batches.tensors(self.collate([row["example"] for row in rows]))
+        batch = batches.tensors(self.collate(rows))
         return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
 
 

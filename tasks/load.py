@@ -20,12 +20,13 @@ from recipes.schema import Data, Label, Model, Split
 from tasks import checkpoints, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
-from tasks.stage import stage
+from tasks.stage import passing, stage
 
 if TYPE_CHECKING:
     import pyarrow
     from torch import nn
 
+NETWORK: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": passing}
 SUFFIXES = {".csv": "csv", ".txt": "csv", ".tsv": "csv", ".gz": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -71,7 +72,7 @@ def locate(source: str) -> Path:
     raise InputError(f"{source}: the package {name} is installed and holds no file that ends with {suffix}")
 
 
-@stage(uses=("datasets", "pyarrow"), name="load data", timeout_seconds=3600)
+@stage(uses=("datasets", "pyarrow"), name="load data", timeout_seconds=3600, **NETWORK)
 def load_data(data: Data, task: str, content: str) -> Dataset:
     """Read, check, label, deduplicate and split the rows; `content` is the source's fingerprint."""
     table, files = _read(data)
@@ -105,7 +106,7 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
     return Dataset(blob, task, data.labels, {part: len(rows) for part, rows in parts.items()}, facts)
 
 
-@stage(uses=("transformers", "torch"), name="load model", timeout_seconds=3600)
+@stage(uses=("transformers", "torch"), name="load model", timeout_seconds=3600, **NETWORK)
 def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> Checkpoint:
     """The source's weights with a fresh head for the recipe's labels, and the preprocessor beside them."""
     with store.staging() as folder:

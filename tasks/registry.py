@@ -25,11 +25,13 @@ from tasks.errors import InputError
 from tasks.manifest import Attempt, manifest, metrics, versions
 from tasks.measurements import measurements_from_json
 from tasks.report import report
+from tasks.stage import passing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+NETWORK: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": passing}
 CHAMPION = "champion"
 EXPERIMENT = "enginehouse"
 SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
@@ -53,7 +55,7 @@ def default_uri() -> str:
     return f"sqlite:///{store.home() / 'mlflow.db'}"
 
 
-@task(name="find champion", retries=2, retry_delay_seconds=5, persist_result=False)
+@task(name="find champion", persist_result=False, **NETWORK)
 def champion(model: str) -> tuple[str, Engine] | None:
     """The champion's version and engine, its files checked against their digests; None without one."""
     mlflow = client()
@@ -65,7 +67,7 @@ def champion(model: str) -> tuple[str, Engine] | None:
         return str(version.version), _engine(source, folder)
 
 
-@task(name="register", retries=2, retry_delay_seconds=5, persist_result=False)
+@task(name="register", persist_result=False, **NETWORK)
 def register(attempt: Attempt, gate: str, reason: str) -> Version:
     """Log the run with everything it made, and register its engine with the gate's word and the reason.
 
@@ -97,7 +99,7 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
     return _version(mlflow.get_model_version(model, registered.version), model)
 
 
-@task(name="promote", retries=2, retry_delay_seconds=5, persist_result=False)
+@task(name="promote", persist_result=False, **NETWORK)
 def promote(version: Version) -> Version:
     """Give the version the champion alias; only one that passed the gate may have it."""
     assert version.gate == "passed", f"version {version.version} has gate={version.gate}"

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@stage(uses=("torch", "nvidia-modelopt", "transformers"), name="sparsify", timeout_seconds=3 * 3600)
+@stage(uses=("torch", "nvidia-modelopt", "transformers"), name="sparsify", gpu=True, timeout_seconds=3 * 3600)
 def sparsify(checkpoint: Checkpoint, dataset: Dataset, section: Sparsify) -> Checkpoint:
     """Mask every linear layer and convolution that 2:4 fits, but for those excluded; counted exactly."""
     model, config = checkpoints.restore(checkpoint)
+    model.to(checkpoints.device())
     looked_at = _prunable(model)
     _prune(model, section, batches.forward_loop(dataset, batches.preprocessor(checkpoint), 16, "sparsify"))
     counts = checkpoints.sparsity(model)

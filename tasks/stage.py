@@ -23,8 +23,9 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import prefect
 from prefect.cache_policies import CacheKeyFnPolicy
 
-from tasks import store
+from tasks import slots, store
 from tasks.artifacts import Blob, Checkpoint
+from tasks.errors import InputError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,11 +48,11 @@ timeline: list[Timing] = []
 class Stage(Generic[P, T]):
     """A Prefect task that verifies what its cache returns; `fn` is the plain function."""
 
-    def __init__(self, fn: Callable[P, T], uses: tuple[str, ...], options: dict[str, Any]) -> None:
+    def __init__(self, fn: Callable[P, T], uses: tuple[str, ...], gpu: bool, options: dict[str, Any]) -> None:
         self.fn = fn
         policy = CacheKeyFnPolicy(cache_key_fn=lambda _context, inputs: cache_key(fn, uses, inputs))
         decorate = prefect.task(cache_policy=policy, persist_result=True, result_serializer="json", **options)
-        self.task: Any = decorate(fn)
+        self.task: Any = decorate(slots.on_gpu(fn) if gpu else fn)
         functools.update_wrapper(self, fn)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -70,9 +71,21 @@ class Stage(Generic[P, T]):
         return value
 
 
-def stage(*, uses: tuple[str, ...] = (), **options: Any) -> Callable[[Callable[P, T]], Stage[P, T]]:
-    """Decorate a plain function as a stage; `uses` names the distributions whose versions matter."""
-    return lambda fn: Stage(fn, uses, options)
+def stage(
+    *, uses: tuple[str, ...] = (), gpu: bool = False, **options: Any
+) -> Callable[[Callable[P, T]], Stage[P, T]]:
+    """Decorate a plain function as a stage.
+
+    `uses` names the distributions whose versions matter; with `gpu` it runs alone on the host's GPU;
+    `options` are Prefect's.
+    """
+    return lambda fn: Stage(fn, uses, gpu, options)
+
+
+def passing(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether a failure may pass by itself: a connection or a locked database, never the user's input."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, (InputError, AssertionError))
 
 
 def say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 HOME = Path(tempfile.mkdtemp(prefix="enginehouse-tests-"))
 os.environ["ENGINEHOUSE_HOME"] = str(HOME)
@@ -53,3 +55,62 @@ def optimize() -> Callable[..., Outcome]:
 def digits(optimize: Callable[..., Outcome]) -> Outcome:
     """The quick recipe, run once."""
     return optimize("digits-cnn-int8-ptq")
+
+
+WORDS = ["good", "bad", "film", "book", "very", "not", "a", "the", "was", "plot"]
+
+
+def bert_folder(folder: Path) -> Path:
+    """A BERT of two layers, 32 wide, and a word tokenizer, as transformers saves them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder
+    )
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def sentences(file: Path, count: int = 600) -> Path:
+    """Rows whose label is the word `good` or `bad` among others; the number makes each one unique."""
+    with file.open("w") as out:
+        for k in range(count):
+            others = [WORDS[2 + (k * step) % 8] for step in (1, 3, 5)]
+            label = "good" if k % 2 else "bad"
+            out.write(json.dumps({"text": " ".join([*others, label, str(k)]), "label": label}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with everything on (2:4, INT8 with embeddings, QAT) for a tiny BERT; a few seconds a run."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3}
+    recipe = {
+        "task": "text-classification",
+        "model": {"name": "tiny", "source": f"path:{bert_folder(folder / 'model')}"},
+        "data": {
+            "source": f"path:{sentences(folder / 'rows.jsonl')}",
+            "text": "text",
+            "label": "label",
+            "labels": ["bad", "good"],
+            "split": {"train": 320, "test": 240, "calibration": 32},
+            "max_length": 16,
+        },
+        "finetune": train,
+        "sparsify": {"exclude": ["classifier"]},
+        "quantize": {"format": "int8", "embeddings": True, "exclude": ["classifier"]},
+        "qat": train,
+        "benchmark": {"batch_sizes": [1], "rounds": 6},
+        "gate": {"max_drop": 0.05},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "tiny.yaml"

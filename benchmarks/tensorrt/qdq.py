@@ -23,13 +23,13 @@ def weights_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def insert(
-    model: onnx.ModelProto, amax: Mapping[str, float], kind: str, *, fold: bool, embeddings: bool = False
+    model: onnx.ModelProto, amax: Mapping[str, float], kind: str, *, fold: bool, tables: bool = False
 ) -> onnx.ModelProto:
     """A copy in which each MatMul and Gemm named in `amax` (largest input seen) runs in `kind`.
 
     kind: int8 (weights per output channel) or fp8 (per tensor). fold: store the weights in eight bits with
     DequantizeLinear alone, else keep them and quantize in the graph (what TensorRT 8.6 reads).
-    embeddings: store Gather tables in eight bits too.
+    tables: store embedding tables and convolution kernels in eight bits too; they compute as before.
     """
     out = onnx.ModelProto()
     out.CopyFrom(model)
@@ -38,12 +38,12 @@ def insert(
     done: dict[str, str] = {}
     fresh = _Fresh(out.graph)
     for node in out.graph.node:
-        table = node.op_type == "Gather" and embeddings and node.input[0] in values
+        place = {"Gather": 0, "Conv": 1}.get(node.op_type) if tables else None
         if node.name in amax and node.input[1] in values:
             nodes += _activation(fresh, node, amax[node.name], kind, values[node.input[1]].data_type)
             nodes += _weight(fresh, values, node, 1, kind, fold, done)
-        elif table and len(values[node.input[0]].dims) == 2:
-            nodes += _weight(fresh, values, node, 0, kind, fold, done)
+        elif place is not None and node.input[place] in values and _is_large(values[node.input[place]]):
+            nodes += _weight(fresh, values, node, place, kind, fold, done)
         nodes.append(node)
     del out.graph.node[:]
     out.graph.node.extend(nodes)
@@ -52,6 +52,11 @@ def insert(
     del out.graph.initializer[:]
     out.graph.initializer.extend(kept)
     return out
+
+
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    return tensor.data_type in floats and len(tensor.dims) >= 2 and int(np.prod(tensor.dims)) >= 4096
 
 
 class _Fresh:
@@ -102,15 +107,16 @@ def _weight(
         return
     array, data_type = numpy_helper.to_array(values[name]), values[name].data_type
     transposed = any(a.name == "transB" and a.i for a in node.attribute)
-    axis = 0 if transposed or place == 0 else 1
+    axis = 0 if transposed or node.op_type in ("Gather", "Conv") else 1
     per_channel = kind == "int8"
-    largest = np.abs(array.astype(np.float32)).max(axis=1 - axis if per_channel else None)
+    others = tuple(i for i in range(array.ndim) if i != axis) if per_channel else None
+    largest = np.abs(array.astype(np.float32)).max(axis=others)
     scales = np.maximum(largest, 1e-6) / (INT8_MAX if per_channel else FP8_MAX)
     scale, zero = fresh.scale(np.asarray(scales), data_type, kind)
     extra: Any = {"axis": axis} if per_channel else {}
     quantized, back = fresh.name("q"), fresh.name("d")
     if fold:
-        shaped = np.expand_dims(scales, 1 - axis) if per_channel else scales
+        shaped = np.expand_dims(scales, others) if others else scales
         fresh.graph.initializer.append(_stored(array, shaped, kind, quantized))
     else:
         yield helper.make_node("QuantizeLinear", [name, scale, zero], [quantized], name=quantized, **extra)

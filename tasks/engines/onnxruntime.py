@@ -23,6 +23,7 @@ from tasks.engines.lowering import Steps, lower, requantize
 from tasks.engines.lowering.split import PLAN, PLAN_INDEX, WEIGHTS, WEIGHTS_INDEX, load, sha256, split, table
 from tasks.engines.onnxruntime_parity import CEILINGS, agrees, limits, parity, reference
 from tasks.engines.onnxruntime_proof import proof
+from tasks.engines.onnxruntime_providers import NAMES, available
 from tasks.engines.onnxruntime_session import (
     LEVELS,
     OrtSession,
@@ -49,16 +50,25 @@ class Goal:
     threads: int | None
 
 
-def build(model: Path, folder: Path, *, samples: Samples, threads: int | None = None) -> Built:
-    """Write `folder/plan` and `folder/weights`; `samples` are real inputs, `threads` None means all cores."""
+def build(
+    model: Path, folder: Path, *, samples: Samples, threads: int | None = None, provider: str = "cpu"
+) -> Built:
+    """Write `folder/plan` and `folder/weights`; `samples` are real inputs, `threads` None means all cores.
+
+    For any provider but the CPU the Q/DQ graph stays as it is, and where the provider is not in the
+    ONNX Runtime at hand the result is only `checked`.
+    """
     assert samples, "parity needs at least one sample"
     began = time.perf_counter()
     source = load(model_file(model))
     digest = graph_digest(source)
+    if provider != "cpu":
+        return _for_provider(source, digest, folder, provider, samples)
     wanted, changes, goal, facts = _requantized(source, samples, threads)
     tried: list[Facts] = []
-    for lowered, steps in (lower(wanted), (wanted, [])):
-        tried += _write(lowered, folder, {"graph": digest, "requantize": changes, "steps": steps}, goal)
+    for lowered, steps, done in ((*lower(wanted), True), (wanted, [], False)):
+        index = {"graph": digest, "requantize": changes, "lowered": done, "steps": steps}
+        tried += _write(lowered, folder, index, goal)
         if tried[-1]["agrees"]:
             break
     else:
@@ -80,7 +90,7 @@ def refit(plan: Path, model: Path, folder: Path, *, samples: Samples, threads: i
     if digest != index["graph"]:
         raise RefitError(f"{model} has another graph ({digest}) than {plan} ({index['graph']})")
     wanted, changes = requantize(source) if index["requantize"] else (source, [])
-    lowered, steps = lower(wanted) if index["steps"] else (wanted, [])
+    lowered, steps = lower(wanted) if index["lowered"] else (wanted, [])
     if (changes, steps) != (index["requantize"], index["steps"]):
         raise RefitError(
             f"{model} lowers by other steps than {plan}: {_first_difference(index, changes, steps)}"
@@ -96,6 +106,26 @@ def refit(plan: Path, model: Path, folder: Path, *, samples: Samples, threads: i
     facts["proof"] = proof(plan, folder / "weights", samples[0], threads=threads)
     facts["refit_seconds"] = time.perf_counter() - began
     return Built(digest, RUNTIME, index["version"], index["device"], "executed", facts)
+
+
+def _for_provider(
+    source: onnx.ModelProto, digest: str, folder: Path, provider: str, samples: Samples
+) -> Built:
+    """Plan and weights of the graph as exported, compiled by the provider when it opens them."""
+    here = available(provider)
+    split(source, folder / "plan", folder / "weights")
+    index = {"graph": digest, "requantize": [], "lowered": False, "steps": [], "provider": provider}
+    _index(folder / "plan", folder / "weights", {**index, "level": "all"})
+    facts: Facts = {"provider": provider, **_sizes(folder / "plan", folder / "weights")}
+    if not here:
+        why = f"{NAMES[provider]} is not in ONNX Runtime {version()} here; options and graph were checked"
+        return Built(digest, RUNTIME, version() or "", provider, "checked", {**facts, "why": why})
+    expected = reference(source, samples, None)
+    allowed, noise = limits(source, expected, samples, None)
+    trial = _trial(folder / "plan", folder / "weights", "all", Goal(samples, expected, allowed, None))
+    if not trial["agrees"]:
+        raise InputError(f"{NAMES[provider]} gives other outputs than the graph: {trial}")
+    return Built(digest, RUNTIME, version() or "", provider, "executed", {**facts, **noise, **trial})
 
 
 def _requantized(
@@ -119,13 +149,17 @@ def _write(model: onnx.ModelProto, folder: Path, index: Facts, goal: Goal) -> li
     split(model, plan, weights)
     trials: list[Facts] = []
     for level in LEVELS:
-        about = {"runtime": RUNTIME, "version": version(), "device": device(), "level": level}
-        _dump(plan / PLAN_INDEX, {**about, **index, "sha256": sha256(plan / PLAN)})
-        _index_weights(model_table(plan), plan, weights)
+        _index(plan, weights, {**index, "level": level})
         trials.append(_trial(plan, weights, level, goal))
         if trials[-1]["agrees"]:
             break
     return trials
+
+
+def _index(plan: Path, weights: Path, about: Facts) -> None:
+    host = {"runtime": RUNTIME, "version": version(), "device": device()}
+    _dump(plan / PLAN_INDEX, {**host, **about, "sha256": sha256(plan / PLAN)})
+    _index_weights(model_table(plan), plan, weights)
 
 
 def model_table(plan: Path) -> dict[str, list[object]]:

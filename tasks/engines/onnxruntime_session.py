@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 
 from tasks.artifacts import Facts
+from tasks.engines import onnxruntime_providers as providers
 from tasks.engines.common import Arrays
 from tasks.engines.lowering.split import PLAN, PLAN_INDEX, WEIGHTS, WEIGHTS_INDEX, sha256, table
 from tasks.errors import InputError
@@ -79,8 +81,11 @@ def open(
     level: str | None = None,
     threads: int | None = None,
     profile: Path | None = None,
+    cache: Path | None = None,
 ) -> OrtSession:
     """The plan with its weights, at the level its build found unless another is asked for.
+
+    A plan for a compiling provider keeps its engines in `cache` (a temporary folder by default).
 
     A folder with a plain `model.onnx` opens too, when a level is named: it is the reference.
     """
@@ -88,7 +93,16 @@ def open(
         return start(plan / PLAN, None, level=level, threads=threads, profile=profile)
     index = check_plan(plan)
     check_weights(plan, weights)
-    return start(plan / PLAN, weights, level=level or index["level"], threads=threads, profile=profile)
+    level = level or index["level"]
+    return start(
+        plan / PLAN,
+        weights,
+        level=level,
+        threads=threads,
+        profile=profile,
+        provider=index.get("provider", "cpu"),
+        cache=cache,
+    )
 
 
 def start(
@@ -98,11 +112,18 @@ def start(
     level: str,
     threads: int | None = None,
     profile: Path | None = None,
+    provider: str = "cpu",
+    cache: Path | None = None,
 ) -> OrtSession:
     """A session on any ONNX file whose outside data, if any, lies in `weights`."""
     import onnxruntime as ort
 
+    name = providers.require(provider)
     options = session_options(level, threads, device())
+    cache = cache or Path(tempfile.gettempdir()) / f"enginehouse-{sha256(model)[:16]}"
+    for key, value in providers.session_entries(provider, cache).items():
+        options.add_session_config_entry(key, value)
+    chosen = [(name, providers.options(provider, cache, weights))]
     if weights is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights.resolve())
@@ -112,7 +133,7 @@ def start(
         options.profile_file_prefix = str(profile)
     source: bytes | str = str(model) if weights is None else model.read_bytes()
     try:
-        return OrtSession(ort.InferenceSession(source, options, providers=["CPUExecutionProvider"]))
+        return OrtSession(ort.InferenceSession(source, options, providers=chosen))
     except Exception as error:  # onnxruntime's exception classes share no public base
         raise InputError(f"ONNX Runtime {version()} cannot open {model} at level {level}: {error}") from error
 

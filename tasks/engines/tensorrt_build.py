@@ -54,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
         try:
             status = process.wait(timeout=job.options.timeout)
         except subprocess.TimeoutExpired as error:
-            message = f"building {job.model} took more than {job.options.timeout:.0f} s: raise `timeout`"
+            message = f"building {job.model} took more than {job.options.timeout:g} s: raise `timeout`"
             raise InputError(message) from error
         finally:
             _end(process)
@@ -126,6 +126,7 @@ def _config(trt: Any, job: Job) -> Any:
         strip_plan=job.refit and job.weak_types is None,
         builder_optimization_level=options.level,
         version_compatible=options.version_compatible,
+        exclude_lean_runtime=options.version_compatible,  # it is opened with the one that is installed
         hardware_compatibility_level=_hardware(trt, options.hardware),
         memory_pool_limits={trt.MemoryPoolType.WORKSPACE: options.workspace} if options.workspace else None,
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,

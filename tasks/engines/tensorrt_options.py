@@ -173,7 +173,7 @@ def trtexec(
     words += ["--sparsity=enable"] if options.sparse else []
     words += [f"--builderOptimizationLevel={options.level}"] if options.level is not None else []
     words += [f"--memPoolSize=workspace:{options.workspace}B"] if options.workspace else []
-    words += ["--versionCompatible"] if options.version_compatible else []
+    words += ["--versionCompatible", "--excludeLeanRuntime"] if options.version_compatible else []
     if options.hardware != "none":
         level = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}[
             options.hardware

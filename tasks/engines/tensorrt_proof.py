@@ -21,15 +21,20 @@ def layers(text: str) -> list[dict[str, Any]]:
 
 
 def summary(found: Sequence[Layer]) -> dict[str, Any]:
-    """Shares (by count) of the layers that multiply matrices, their names, tactics and reformats."""
-    heavy = [layer for layer in found if is_heavy(layer)]
+    """Shares (by count) of the layers that multiply matrices, their names, tactics and reformats.
+
+    A share is None where the engine holds regions that the inspector cannot look into.
+    """
+    opaque = [layer for layer in found if is_opaque(layer)]
+    heavy = [layer for layer in found if is_heavy(layer) and not is_opaque(layer)]
     quantized = [layer for layer in heavy if is_quantized(layer)]
     sparse = [layer for layer in heavy if is_sparse(layer)]
     return {
         "layers": len(found),
         "matrix_layers": len(heavy),
-        "quantized_share": len(quantized) / len(heavy) if heavy else 0.0,
-        "sparse_share": len(sparse) / len(heavy) if heavy else 0.0,
+        "opaque": [layer["Name"] for layer in opaque],
+        "quantized_share": _share(quantized, heavy, opaque),
+        "sparse_share": _share(sparse, heavy, opaque),
         "quantized": [layer["Name"] for layer in quantized],
         "not_quantized": [layer["Name"] for layer in heavy if layer not in quantized],
         "sparse": [layer["Name"] for layer in sparse],
@@ -37,6 +42,17 @@ def summary(found: Sequence[Layer]) -> dict[str, Any]:
         "reformats": sum(layer.get("LayerType", "").lower() == "reformat" for layer in found),
         "types": dict(Counter(layer.get("LayerType", "") for layer in found)),
     }
+
+
+def _share(part: Sequence[Layer], whole: Sequence[Layer], opaque: Sequence[Layer]) -> float | None:
+    if opaque:
+        return None
+    return len(part) / len(whole) if whole else 0.0
+
+
+def is_opaque(layer: Layer) -> bool:
+    """True for a compiled region of many operations of which the inspector tells nothing but the ends."""
+    return str(layer.get("LayerType", "")).lower() == "myelin" or "ForeignNode" in str(layer.get("Name", ""))
 
 
 def is_heavy(layer: Layer) -> bool:

@@ -30,8 +30,8 @@ DTYPES = {
 
 def manifest_of(plan: Path) -> dict[str, Any]:
     """`plan.json`, with the plan's bytes checked against the digest in it."""
-    path, engine = plan / "plan.json", plan / "engine.plan"
-    if not path.exists() or not engine.exists():
+    path, file = plan / "plan.json", plan / "engine.plan"
+    if not path.exists() or not file.exists():
         raise InputError(
             f"{plan} holds no engine.plan with its plan.json: give the folder that a build wrote"
         )
@@ -39,11 +39,11 @@ def manifest_of(plan: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): {REBUILD}") from error
-    data = engine.read_bytes()
+    data = file.read_bytes()
     if len(data) != manifest["bytes"]:
-        raise InputError(f"{engine} has {len(data)} bytes, not the {manifest['bytes']} built: fetch it again")
+        raise InputError(f"{file} has {len(data)} bytes, not the {manifest['bytes']} built: fetch it again")
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-        raise InputError(f"{engine} is not the bytes that were built (sha256 differs): fetch it again")
+        raise InputError(f"{file} is not the bytes that were built (sha256 differs): fetch it again")
     return manifest
 
 

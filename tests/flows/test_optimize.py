@@ -50,8 +50,9 @@ def test_a_good_engine_is_promoted_with_everything_that_shows_why(digits: Outcom
         "fine-tune",
         "calibrate",
     ]
-    for name in ("gate/gate.md", "gate/gate.png", "gate/measurements.json", "checkpoint/model.safetensors",
-                 "onnx/candidate/model.onnx", "onnx/baseline/model.onnx", "engines/baseline/engine.json"):  # fmt: skip
+    names = ("gate.md", "gate.png", "measurements.json", "verdict.json")
+    others = ("checkpoint/model.safetensors", "onnx/candidate/model.onnx", "engines/baseline/engine.json")
+    for name in (*(f"gate/{name}" for name in names), *others):
         assert (folder / name).is_file(), name
 
 
@@ -137,7 +138,71 @@ def test_a_damaged_artifact_is_made_again(digits: Outcome, optimize: Optimize) -
     again = optimize(QUICK)
     assert again.verdict == "promoted"
     assert store.intact(blob)
-    assert [timing.stage for timing in again.attempt.timeline if not timing.reused][0] == "build"
+    assert next(timing.stage for timing in again.attempt.timeline if not timing.reused) == "build"
+
+
+def test_a_stacked_text_recipe_is_promoted_and_answers(tiny_recipe: Path, optimize: Optimize) -> None:
+    """2:4, INT8 with embeddings and QAT; then texts in, labels and scores out, bad inputs named."""
+    import mlflow
+
+    from tasks.errors import InputError
+
+    outcome = optimize(str(tiny_recipe))
+    assert outcome.verdict == "promoted", outcome.reasons
+    manifest = json.loads(Path(outcome.version.manifest).read_text())
+    assert manifest["sparsity"]["exact_modules"] == 13
+    assert manifest["onnx"]["candidate"]["facts"]["sparse_weights"] == 13
+    assert outcome.metrics["candidate_accuracy"] > 0.95
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    found = model.predict(["the plot was good 7", "a bad book", "good " * 500])
+    assert [row["label"] for row in found] == ["good", "bad", "good"]
+    assert all(0.5 < row["score"] <= 1 for row in found)
+    assert len(model.predict(["a good book"] * 150)) == 150
+    with pytest.raises(InputError, match="input 1: the text is empty"):
+        model.predict(["a fine film", "  "])
+    with pytest.raises(Exception, match="[Ii]ncompatible input types|cannot be converted|expected text"):
+        model.predict([1.5])
+    with pytest.raises(InputError, match="nothing to predict"):
+        model.predict([])
+
+
+def test_mlflow_serves_the_champion(digits: Outcome) -> None:
+    import socket
+    import urllib.request
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["mlflow", "models", "serve", "-m", "models:/digits-cnn@champion", "--env-manager", "local"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": registry.default_uri(),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    address = f"http://127.0.0.1:{port}"
+    serving = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        _wait(lambda: _answers(f"{address}/ping"), serving)
+        body = json.dumps({"inputs": [[[[0.0] * 8] * 8]]}).encode()
+        request = urllib.request.Request(
+            f"{address}/invocations", body, {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            (row,) = json.loads(answer.read())["predictions"]
+        assert set(row) == {"label", "score"}
+    finally:
+        os.killpg(serving.pid, signal.SIGKILL)
+        serving.wait()
+
+
+def _answers(address: str) -> bool:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def test_serving_needs_neither_torch_nor_modelopt_and_unpickles_nothing(digits: Outcome) -> None:

@@ -20,7 +20,7 @@ from tasks.export import export, quantize_weight
 from tasks.finetune import finetune
 from tasks.sparsify import sparsify
 
-STEPS = Finetune(epochs=0.5, batch_size=8, learning_rate=1e-3)
+STEPS = Finetune(epochs=0.1, batch_size=8, learning_rate=1e-3)
 
 
 def logits(checkpoint: Checkpoint, batch: dict[str, np.ndarray]) -> np.ndarray:

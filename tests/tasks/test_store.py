@@ -61,9 +61,9 @@ def test_staging_leaves_nothing_behind(fresh_home: Path) -> None:
 
 
 def test_a_full_disk_is_told_in_words() -> None:
-    with pytest.raises(InputError, match="the disk is full.*ENGINEHOUSE_HOME"), store.explained(Path("/x")):
-        with open("/dev/full", "w") as full:
-            full.write("x" * 100_000)
+    full = Path("/dev/full")
+    with pytest.raises(InputError, match="the disk is full.*ENGINEHOUSE_HOME"), store.explained(full):
+        full.write_text("x" * 100_000)
 
 
 def test_a_store_that_cannot_be_written_is_told_in_words(

@@ -11,8 +11,9 @@ import onnx
 from tasks.engines.lowering.attention import fuse_attention
 from tasks.engines.lowering.conv import lower_convs
 from tasks.engines.lowering.embedding import lower_embeddings, quantize_embeddings
-from tasks.engines.lowering.gemm import activation, lower_gemms, share_pairs
+from tasks.engines.lowering.gemm import lower_gemms
 from tasks.engines.lowering.graph import Graph
+from tasks.engines.lowering.pairs import activation, drop_pairs, share_pairs
 
 Steps = list[dict[str, str]]
 
@@ -29,5 +30,6 @@ def lower(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Steps]:
     """The same function in operators that have fast kernels, and the steps that led there."""
     graph = Graph(model)
     share_pairs(graph)
+    drop_pairs(graph)
     steps = lower_convs(graph) + lower_gemms(graph) + fuse_attention(graph) + lower_embeddings(graph)
     return graph.write(), steps

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from tasks.engines.lowering.gemm import Pair, activation, moved, quantized, weight_of, zero_point
+from tasks.engines.lowering.gemm import weight_of
 from tasks.engines.lowering.graph import Graph
+from tasks.engines.lowering.pairs import Pair, activation, moved, quantized, zero_point
 
 INT32 = np.iinfo(np.int32)
 

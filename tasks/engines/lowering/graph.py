@@ -11,6 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 MICROSOFT = "com.microsoft"
+ALIASED_PAST = 1 << 16  # bytes
 
 
 class Graph:
@@ -28,6 +29,22 @@ class Graph:
                 self.tensors[node.output[0]] = _named(node.attribute[0].t, node.output[0])
             else:
                 self.add(_copy(node))
+        self._resolve_aliases()
+
+    def _resolve_aliases(self) -> None:
+        """An Identity of a stored tensor (the exporter makes them for equal ones) becomes a tensor.
+
+        So a bias that happens to equal another is still found as a bias. Large ones stay shared.
+        """
+        for node in self.of("Identity"):
+            source, name = self.tensors.get(node.input[0]), node.output[0]
+            if source is None or name in self.outputs:
+                continue
+            self.remove(node)
+            if source.ByteSize() > ALIASED_PAST:
+                self.rename(name, node.input[0])
+            else:
+                self.tensors[name] = _named(source, name)
 
     def add(self, node: onnx.NodeProto) -> None:
         """Put a node into the graph; its place is found when the graph is written."""
@@ -38,7 +55,7 @@ class Graph:
             self._consumers[name][id(node)] = node
 
     def remove(self, node: onnx.NodeProto) -> None:
-        """Take a node out; what made its inputs is dropped, when nothing else wants it, by `write`."""
+        """Take a node out and leave what made its inputs."""
         del self.nodes[id(node)]
         for name in node.output:
             if self._producers.get(name) is node:
@@ -47,11 +64,21 @@ class Graph:
             self._consumers[name].pop(id(node), None)
 
     def replace(self, old: Iterable[onnx.NodeProto], new: Iterable[onnx.NodeProto]) -> None:
-        """Exchange nodes for others that make the same names."""
-        for node in old:
+        """Exchange nodes for others that make the same names; what nothing wants any more goes."""
+        gone = list(old)
+        for node in gone:
             self.remove(node)
         for node in new:
             self.add(node)
+        for node in gone:
+            self._prune(node)
+
+    def _prune(self, node: onnx.NodeProto) -> None:
+        for name in node.input:
+            maker = self._producers.get(name)
+            if maker is not None and not any(self._consumers[n] or n in self.outputs for n in maker.output):
+                self.remove(maker)
+                self._prune(maker)
 
     def rename(self, old: str, new: str) -> None:
         """Let every user of a value take another one."""

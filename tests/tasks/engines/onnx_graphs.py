@@ -62,7 +62,7 @@ class Builder:
         return self.add("Add", self.constant(self.normal(outer) * 0.1), product)
 
     def model(
-        self, inputs: dict[str, tuple[int, list[Any]]], output: str, shape: list[Any]
+        self, inputs: dict[str, tuple[int, list[Any]]], output: str, shape: list[Any], opset: int = 20
     ) -> onnx.ModelProto:
         self.nodes.append(helper.make_node("Identity", [output], ["logits"]))
         graph = helper.make_graph(
@@ -72,7 +72,7 @@ class Builder:
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
             self.tensors,
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
         onnx.checker.check_model(model)
         return model
 
@@ -116,17 +116,13 @@ def norm(b: Builder, value: str) -> str:
     )
 
 
-def image(seed: int = 0, *, residual: bool = False) -> onnx.ModelProto:
+def image(seed: int = 0, *, residual: bool = False, pool_scale: float = 0.02) -> onnx.ModelProto:
     """Two convolutions with Relu, a pool, and a linear layer; with `residual` a sum in float between them."""
     b = Builder(seed)
     first = b.add("Relu", convolution(b, "pixels", 1, 8))
     second = convolution(b, first, 8, 8)
-    pooled = b.add(
-        "MaxPool",
-        b.add("Relu", b.add("Add", first, second) if residual else second),
-        kernel_shape=[2, 2],
-        strides=[2, 2],
-    )
+    positive = b.add("Relu", b.add("Add", first, second) if residual else second)
+    pooled = b.add("MaxPool", b.activation(positive, pool_scale), kernel_shape=[2, 2], strides=[2, 2])
     flat = b.add("Flatten", pooled)
     logits = b.add("Gemm", b.activation(flat, 0.02), b.weight(4, 32), b.constant(b.normal(4)), transB=1)
     return b.model({"pixels": (TensorProto.FLOAT, ["batch", 1, 4, 4])}, logits, ["batch", 4])

@@ -28,6 +28,11 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
+def near(found: np.ndarray, want: np.ndarray) -> None:
+    """Within what a step of one quantized value can do."""
+    assert np.abs(found - want).max() < 0.01 * np.abs(want).max()
+
+
 def linear(**changes: object) -> onnx.ModelProto:
     """One Gemm on a quantized input, changed by what a test is about."""
     b = Builder(0)
@@ -64,6 +69,18 @@ def test_values_past_the_scale_saturate_as_before() -> None:
     np.testing.assert_allclose(run(lowered, sample), run(model, sample), atol=1e-5)
     zeros = [t for t in lowered.graph.initializer if t.data_type == TensorProto.UINT8]
     assert [onnx.numpy_helper.to_array(zero).tolist() for zero in zeros] == [128]
+
+
+def test_a_bias_that_is_an_alias_of_another_tensor_is_found() -> None:
+    b = Builder(0)
+    bias = b.add("Identity", b.constant(b.normal(4)))
+    product = b.add("MatMul", b.activation("x", 0.05), b.add("Transpose", b.weight(4, 8), perm=[1, 0]))
+    inputs = {"x": (TensorProto.FLOAT, ["n", 8])}
+    model = b.model(inputs, b.add("Add", bias, product), ["n", 4])
+    lowered, _ = lower(model)
+    assert set(operators(lowered)) == {"QuantizeLinear", "MatMulIntegerToFloat", "Identity"}
+    sample = {"x": np.ones((2, 8), np.float32)}
+    np.testing.assert_allclose(run(lowered, sample), run(model, sample), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +138,16 @@ def test_convolutions_stay_in_integers_up_to_the_next_layer() -> None:
     lowered, steps = lower(model)
     assert [step["transform"] for step in steps] == ["conv", "conv", "gemm"]
     assert not {"Conv", "Relu", "DequantizeLinear"} & set(operators(lowered))
-    sample = pixels()[0]
-    want = run(model, sample)
-    assert np.abs(run(lowered, sample) - want).max() < 0.01 * np.abs(want).max()
+    assert operators(lowered)["QuantizeLinear"] == 1
+    near(run(lowered, pixels()[0]), run(model, pixels()[0]))
+
+
+def test_a_pool_on_another_scale_keeps_both_roundings() -> None:
+    model = image(pool_scale=0.017)
+    lowered, steps = lower(model)
+    assert [step["transform"] for step in steps] == ["conv", "conv", "gemm"]
+    assert operators(lowered)["QuantizeLinear"] == 2
+    near(run(lowered, pixels()[0]), run(model, pixels()[0]))
 
 
 def test_a_convolution_whose_result_is_summed_in_float_stays() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from tasks.engines import onnxruntime as engine
 from tasks.engines import onnxruntime_session
 from tasks.engines.common import Built, RefitError
 from tasks.errors import InputError
-from tests.tasks.engines.onnx_graphs import image, pixels, sentences, text
+from tests.tasks.engines.onnx_graphs import Builder, image, pixels, sentences, text
 
 
 def save(model: onnx.ModelProto, folder: Path) -> Path:
@@ -102,6 +102,20 @@ def test_fp8_runs_rightly_in_float(tmp_path: Path) -> None:
     assert whys == {"no kernel on this processor for FLOAT8E4M3FN times FLOAT8E4M3FN"}
 
 
+def test_int4_runs_rightly_in_float(tmp_path: Path) -> None:
+    b = Builder(0)
+    values = b.random.integers(-8, 8, (32, 4))
+    b.tensors.append(helper.make_tensor("weight", TensorProto.INT4, (32, 4), values.ravel().tolist()))
+    scale = b.constant(np.full((2, 4), 0.1))
+    logits = b.add("MatMul", "x", b.add("DequantizeLinear", "weight", scale, axis=0, block_size=16))
+    model = b.model({"x": (TensorProto.FLOAT, ["n", 32])}, logits, ["n", 4], opset=21)
+    sample = {"x": b.normal(3, 32)}
+    result = built(model, tmp_path, [sample])
+    with engine.open(tmp_path / "plan", tmp_path / "weights") as session:
+        np.testing.assert_allclose(session.run(sample)["logits"], sample["x"] @ (values * 0.1), atol=1e-4)
+    assert result.facts["proof"]["fallbacks"][0]["why"] == "only one side is quantized (INT4)"
+
+
 def test_a_lowering_that_changes_results_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = engine.lower
 
@@ -132,6 +146,18 @@ def test_two_trainings_share_a_plan_and_a_refit_equals_a_build_bit_for_bit(
     for one, other in zip(outputs(first / "plan", tmp_path / "weights"), fresh, strict=True):
         np.testing.assert_array_equal(one, other)
     assert not np.array_equal(fresh[0], outputs(first / "plan", first / "weights")[0])
+
+
+def test_a_graph_that_needs_no_lowering_refits_too(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        b = Builder(seed)
+        logits = b.add("MatMul", "x", b.constant(b.normal(8, 4)))
+        model = b.model({"x": (TensorProto.FLOAT, ["n", 8])}, logits, ["n", 4])
+        samples = [{"x": np.ones((3, 8), np.float32)}]
+        assert built(model, tmp_path / str(seed), samples).facts["steps"] == []
+    engine.refit(tmp_path / "1" / "plan", tmp_path / "2" / "onnx", tmp_path, samples=samples)
+    name = "weights.safetensors"
+    assert (tmp_path / "weights" / name).read_bytes() == (tmp_path / "2" / "weights" / name).read_bytes()
 
 
 def test_refit_refuses_another_graph(first: Path, tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""Two tables that the field knows, for whatever TensorRT is here: `python -m benchmarks.tensorrt [FOLDER]`.
+
+1. full against weight-stripped plan bytes, and seconds to refit: CLIP text, a larger CLIP text, a UNet.
+2. FP8 against FP16, bytes and latency at batch 128: CLIP image and text.
+
+Models have random weights. What a runtime cannot do is said in its cell: TensorRT for RTX builds without a GPU and
+then measures bytes alone; TensorRT 8.6 has no FP8 and no stripped plans (its refittable plan is whole).
+Exports are kept in FOLDER (default .data/tensorrt) and need PyTorch the first time alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from benchmarks.tensorrt import qdq
+from tasks.engines import tensorrt
+from tasks.engines import tensorrt_api as api
+from tasks.errors import InputError
+
+BATCH = 128
+STRIPPED = ("clip-text", "clip-text-larger", "unet")
+QUANTIZED = ("clip-image", "clip-text")
+
+
+def export(name: str, folder: Path, opset: int) -> Path:
+    """The FP16 ONNX of a model with its calibration beside it, made if it is not there."""
+    path = folder / f"{name}-{opset}"
+    if (path / "amax.json").exists():
+        return path
+    import torch
+
+    from benchmarks.tensorrt import clip, unet
+
+    path.mkdir(parents=True, exist_ok=True)
+    if name == "unet":
+        torch.manual_seed(0)
+        model, feed = unet.UNet().eval(), inputs(name, 1)
+    else:
+        kind, config = ("image", clip.IMAGE) if name == "clip-image" else ("text", clip.TEXT)
+        config = clip.LARGER_TEXT if name == "clip-text-larger" else config
+        model, feed = clip.build(kind, config), inputs(name, 1)
+    amax = clip.calibrate(model, feed)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    clip.export(model.half().to(where), feed, path / "model.onnx", opset)
+    (path / "amax.json").write_text(json.dumps(amax))
+    return path
+
+
+def inputs(name: str, batch: int) -> dict[str, np.ndarray]:
+    """One batch for a model."""
+    random = np.random.default_rng(0)
+    if name == "unet":
+        return {
+            "latents": random.standard_normal((batch, 4, 32, 32), dtype=np.float32),
+            "time": random.standard_normal((batch, 1280), dtype=np.float32),
+        }
+    if name == "clip-image":
+        return {"pixels": random.standard_normal((batch, 3, 224, 224), dtype=np.float32)}
+    ids = random.integers(1, 49407, (batch, 77))
+    return {"input_ids": ids, "attention_mask": np.ones((batch, 77), np.int64)}
+
+
+def quantized(path: Path, kind: str) -> Path:
+    """FP8 (or INT8 for TensorRT 8.6) beside the FP16 model, weights and tables stored in eight bits."""
+    out = path.parent / f"{path.name}-{kind}"
+    if (out / "model.onnx").exists():
+        return out
+    model, amax = onnx.load(path / "model.onnx"), json.loads((path / "amax.json").read_text())
+    plain = {name.replace(".", "/").rsplit("/", 1)[0]: name for name in qdq.weights_of(model)}
+    named = {plain[name]: value for name, value in amax.items() if name in plain}
+    out.mkdir(exist_ok=True)
+    onnx.save(qdq.insert(model, named, kind, fold=True, tables=True), out / "model.onnx")
+    return out
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The work's row, or why there is none."""
+    try:
+        return work()
+    except InputError as error:
+        return {"why": str(error).split(": ", 1)[-1][:300]}
+
+
+def stripped_row(path: Path, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Plain and refittable plan of one model, the seconds of a refit, and the full build's."""
+    with tempfile.TemporaryDirectory() as name:
+        start = time.perf_counter()
+        built = _build(path, Path(name), feed, refit="always" if api.gpu() else "never")
+        row = {
+            "onnx": (path / "model.onnx").stat().st_size,
+            "seconds": time.perf_counter() - start,
+            "proved": built.proved,
+        }
+        refit = built.facts["refit"]
+        if not refit["safe"]:
+            return {**row, "full": built.facts["bytes"], "why": refit["reason"]}
+        row |= {"full": refit["plain"]["bytes"], "refittable": built.facts["bytes"], "kind": refit["kind"]}
+        return {**row, "refit_seconds": refit["refit_seconds"], "build_seconds": refit["build_seconds"]}
+
+
+def quantized_row(path: Path, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Plan bytes and, where it runs, latency of one model."""
+    with tempfile.TemporaryDirectory() as name:
+        built = _build(path, Path(name), feed, refit="never")
+        row = {"onnx": (path / "model.onnx").stat().st_size, "plan": built.facts["bytes"]}
+        return {**row, "proved": built.proved, "ms": built.facts.get("latency_ms")}
+
+
+def _build(path: Path, folder: Path, feed: dict[str, np.ndarray], **options: Any) -> Any:
+    """A build at a fixed batch."""
+    shapes = {name: {key: array.shape for key in ("min", "opt", "max")} for name, array in feed.items()}
+    return tensorrt.build(path, folder, samples=[feed], profiles=[shapes], **options)
+
+
+def main() -> int:
+    """Print both tables and write their numbers beside the models."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tensorrt", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(".data/tensorrt"))
+    parser.add_argument("--batch", type=int, default=BATCH, help="of the second table (default 128)")
+    parser.add_argument("--models", nargs="*", default=[*STRIPPED, "clip-image"], help="leave the others out")
+    options = parser.parse_args()
+    flavor = api.installed()
+    if flavor is None:
+        print(
+            "no TensorRT is installed: pip install tensorrt-rtx, which builds without a GPU", file=sys.stderr
+        )
+        return 2
+    version = api.version_of(flavor) or ""
+    weak = api.weakly_typed(flavor, version)
+    opset, kind = (17, "int8") if weak else (20, "fp8")
+    print(f"{flavor} {version} on {tensorrt.device()}; random weights\n")
+    report: dict[str, Any] = {"runtime": flavor, "version": version, "device": tensorrt.device()}
+    print("model             | ONNX MB | full plan MB | refittable MB | refit s | build s")
+    for name in (n for n in STRIPPED if n in options.models):
+        path = export(name, options.folder, opset)
+        row = attempt(lambda p=path, n=name: stripped_row(p, inputs(n, 1)))  # type: ignore[misc]
+        report[name] = row
+        print(
+            f"{name:17} | {_mb(row, 'onnx')} | {_mb(row, 'full')} | {_mb(row, 'refittable')} | {_rest(row)}"
+        )
+    print(f"\nmodel, batch {options.batch:4}   | ONNX MB | plan MB | ms      | of FP16: ONNX, plan, ms")
+    for name in (n for n in QUANTIZED if n in options.models):
+        path, feed = export(name, options.folder, opset), inputs(name, options.batch)
+        half = attempt(lambda p=path, f=feed: quantized_row(p, f))  # type: ignore[misc]
+        low = attempt(lambda p=path, f=feed: quantized_row(quantized(p, kind), f))  # type: ignore[misc]
+        report[f"{name} fp16"], report[f"{name} {kind}"] = half, low
+        for label, row in (("fp16", half), (kind, low)):
+            shares = ", ".join(_share(row, half, key) for key in ("onnx", "plan", "ms"))
+            print(f"{name:11} {label:5} | {_mb(row, 'onnx')} | {_mb(row, 'plan')} | {_ms(row)} | {shares}")
+    (options.folder / "report.json").write_text(json.dumps(report, indent=1))
+    return 0
+
+
+def _mb(row: dict[str, Any], key: str) -> str:
+    return f"{row[key] / 1e6:7.1f}" if row.get(key) else "      –"
+
+
+def _ms(row: dict[str, Any]) -> str:
+    return f"{row['ms']:7.3f}" if row.get("ms") else row.get("why", "needs a GPU that runs it")
+
+
+def _rest(row: dict[str, Any]) -> str:
+    if "refit_seconds" in row:
+        return f"{row['refit_seconds']:.2f} | {row['build_seconds']:.1f}"
+    return f"– | – {row.get('why', '')}"
+
+
+def _share(row: dict[str, Any], half: dict[str, Any], key: str) -> str:
+    return f"{row[key] / half[key]:.1%}" if row.get(key) and half.get(key) else "–"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""One job at a time on a device: a lock file on this host, and Prefect's concurrency limit on its server."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import ParamSpec, TypeVar
+
+from filelock import FileLock
+
+from tasks import store
+from tasks.engines import tensorrt_api
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def slot(device: str) -> Iterator[None]:
+    """Wait for the device and hold it. `prefect gcl create DEVICE-HOST --limit 1` adds the second guard."""
+    with FileLock(store.prepare() / f"{device}.lock"), _limit(f"{device}-{platform.node()}"):
+        yield
+
+
+def _limit(name: str) -> AbstractContextManager[None]:
+    """Prefect's limit of this name, where a server keeps one."""
+    from prefect.concurrency.sync import concurrency
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        return nullcontext()
+    # Losing touch with the server must not end a running build; the lock file still holds.
+    return concurrency(name, strict=False, raise_on_lease_renewal_failure=False)
+
+
+def on_gpu(fn: Callable[P, T]) -> Callable[P, T]:
+    """Run `fn` while holding the GPU's slot, where there is a GPU."""
+
+    @functools.wraps(fn)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if tensorrt_api.gpu() is None:
+            return fn(*args, **kwargs)
+        with slot("gpu-0"):
+            return fn(*args, **kwargs)
+
+    return run

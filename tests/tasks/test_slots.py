@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tasks.slots import slot
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CODE = """
+import sys, time
+from tasks.slots import slot
+with slot("gpu-test"):
+    with open(sys.argv[1], "a") as log:
+        log.write("in\\n"); log.flush(); time.sleep(0.5); log.write("out\\n")
+"""
+
+
+def test_two_processes_hold_a_device_one_after_the_other(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    both = [subprocess.Popen([sys.executable, "-c", CODE, str(log)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert log.read_text().split() == ["in", "out", "in", "out"]
+
+
+def test_a_slot_is_free_again_after_an_error() -> None:
+    for _ in range(2):
+        try:
+            with slot("gpu-test"):
+                raise RuntimeError
+        except RuntimeError:
+            pass
