@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb == "recipes":
             print("\n".join(recipes.names()))
             return 0
+        if options.verb == "verdict":
+            return _verdict(options)
         recipes.load(options.recipe, options.set)
         return _optimize(options)
     except (recipes.RecipeError, InputError) as error:
@@ -65,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     optimize.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
     verbs.add_parser("recipes", help="list the recipes that ship")
+    verdict = verbs.add_parser("verdict", help="judge a logged run again; the bytes must be the same")
+    verdict.add_argument("run_id", metavar="RUN_ID", help="the MLflow run")
     return parser
 
 
@@ -78,6 +82,15 @@ def _optimize(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(summary.as_json(outcome)))
     return STATUS[outcome.verdict]
+
+
+def _verdict(options: argparse.Namespace) -> int:
+    from flows.verdict import recompute
+
+    content, same = recompute(options.run_id)
+    sys.stdout.buffer.write(content + b"\n")
+    print("the same bytes as logged" if same else "error: NOT the verdict that was logged", file=sys.stderr)
+    return 0 if same else FAILED
 
 
 if __name__ == "__main__":

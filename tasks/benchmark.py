@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
-import resource
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from recipes.schema import Benchmark
-from tasks import batches, store, types
+from tasks import batches, peak_memory, store, types
 from tasks.artifacts import Dataset, Engine, Metrics
 from tasks.engines.common import Session
 from tasks.measurements import latency_summary
@@ -43,7 +40,8 @@ def benchmark(
         sessions = {name: stack.enter_context(opened(engine, threads)) for name, engine in engines.items()}
         rounds = _rounds(sessions, inputs, section)
         memory = {
-            name: _peak_memory(engine, inputs[max(inputs)], threads) for name, engine in engines.items()
+            name: peak_memory.measure(engine, inputs[max(inputs)], threads)
+            for name, engine in engines.items()
         }
     with store.staging() as folder:
         (folder / "latency.json").write_text(json.dumps(rounds))
@@ -100,22 +98,6 @@ def _seconds(session: Session, feed: types.Example) -> float:
     started = time.perf_counter()
     session.run(feed)
     return time.perf_counter() - started
-
-
-def _peak_memory(engine: Engine, feed: types.Example, threads: int | None) -> int:
-    """Bytes that opening and running the engine adds to a fresh process's peak."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_grow, (engine, feed, threads))
-
-
-def _grow(engine: Engine, feed: types.Example, threads: int | None) -> int:
-    if engine.plan.runtime == "onnxruntime":
-        import onnxruntime  # noqa: F401  the library itself is not the engine's memory
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    with opened(engine, threads) as session:
-        session.run(feed)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
 
 
 def _clocks() -> list[float]:

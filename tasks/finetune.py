@@ -99,7 +99,7 @@ class _Collator:
         import torch
 
         batch = batches.tensors(self.collate(rows))
-        return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
 def _loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:

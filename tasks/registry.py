@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,33 @@ def promote(version: Version) -> Version:
     mlflow = client()
     mlflow.set_registered_model_alias(version.model, CHAMPION, version.version)
     return _version(mlflow.get_model_version(version.model, version.version), version.model)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a run logged of its judgement."""
+
+    recipe: dict[str, Any]
+    measurements: bytes
+    verdict: bytes
+
+
+def judged(run_id: str) -> Judged:
+    """The recipe, measurements and verdict of a run; raises InputError for a run that was not judged."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            gate = Path(
+                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
+            )
+            recipe = mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml")
+            found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
+        except (MlflowException, OSError) as error:
+            raise InputError(f"run {run_id}: no verdict was logged here ({error})") from error
+    return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"])
 
 
 def record_failure(recipe: dict[str, Any], error: BaseException) -> str:

@@ -15,7 +15,7 @@ OWNERS = {
     "modelopt": {
         f"tasks/{n}.py" for n in ("checkpoints", "load", "sparsify", "calibrate", "finetune", "export")
     },
-    "onnxruntime": {"tasks/engines/onnxruntime*.py", "tasks/benchmark.py"},
+    "onnxruntime": {"tasks/engines/onnxruntime*.py", "tasks/peak_memory.py"},
     "tensorrt": {"tasks/engines/tensorrt*.py"},
     "tensorrt_rtx": {"tasks/engines/tensorrt*.py"},
     "polygraphy": {"tasks/engines/tensorrt*.py"},

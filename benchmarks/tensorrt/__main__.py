@@ -3,18 +3,18 @@
 1. full against weight-stripped plan bytes, and seconds to refit: CLIP text, a larger CLIP text, a UNet.
 2. FP8 against FP16, bytes and latency at batch 128: CLIP image and text.
 
-Models have random weights. What a runtime cannot do is said in its cell: TensorRT for RTX builds without a GPU and
-then measures bytes alone; TensorRT 8.6 has no FP8 and no stripped plans (its refittable plan is whole).
-Exports are kept in FOLDER (default .data/tensorrt) and need PyTorch the first time alone.
+Models have random weights. What a runtime cannot do is said in its cell: TensorRT for RTX builds without
+a GPU and then measures bytes alone; TensorRT 8.6 has no FP8 (INT8 stands in) and no stripped plans (its
+refittable plan is whole). Exports are kept in FOLDER (default .data/tensorrt); only they need PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tasks.engines import tensorrt_api as api
 from tasks.errors import InputError
 
 BATCH = 128
+CHECKED = 2  # batch whose outputs are compared with PyTorch's
 STRIPPED = ("clip-text", "clip-text-larger", "unet")
 QUANTIZED = ("clip-image", "clip-text")
 
@@ -42,16 +43,19 @@ def export(name: str, folder: Path, opset: int) -> Path:
     from benchmarks.tensorrt import clip, unet
 
     path.mkdir(parents=True, exist_ok=True)
+    feed, model = inputs(name, CHECKED), torch.nn.Module()
     if name == "unet":
         torch.manual_seed(0)
-        model, feed = unet.UNet().eval(), inputs(name, 1)
+        model = unet.UNet().eval()
     else:
         kind, config = ("image", clip.IMAGE) if name == "clip-image" else ("text", clip.TEXT)
         config = clip.LARGER_TEXT if name == "clip-text-larger" else config
-        model, feed = clip.build(kind, config), inputs(name, 1)
-    amax = clip.calibrate(model, feed)
+        model = clip.build(kind, config)
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    clip.export(model.half().to(where), feed, path / "model.onnx", opset)
+    model.to(where)
+    amax = clip.calibrate(model, feed)
+    np.savez(path / "right.npz", embeds=clip.run(model, feed))
+    clip.export(model.half(), inputs(name, 1), path / "model.onnx", opset)
     (path / "amax.json").write_text(json.dumps(amax))
     return path
 
@@ -71,7 +75,7 @@ def inputs(name: str, batch: int) -> dict[str, np.ndarray]:
 
 
 def quantized(path: Path, kind: str) -> Path:
-    """FP8 (or INT8 for TensorRT 8.6) beside the FP16 model, weights and tables stored in eight bits."""
+    """FP8 (INT8 for TensorRT 8.6) beside the FP16 model, weights and tables stored in eight bits."""
     out = path.parent / f"{path.name}-{kind}"
     if (out / "model.onnx").exists():
         return out
@@ -91,35 +95,38 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"why": str(error).split(": ", 1)[-1][:300]}
 
 
-def stripped_row(path: Path, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+def stripped_row(name: str, path: Path) -> dict[str, Any]:
     """Plain and refittable plan of one model, the seconds of a refit, and the full build's."""
-    with tempfile.TemporaryDirectory() as name:
-        start = time.perf_counter()
-        built = _build(path, Path(name), feed, refit="always" if api.gpu() else "never")
-        row = {
-            "onnx": (path / "model.onnx").stat().st_size,
-            "seconds": time.perf_counter() - start,
-            "proved": built.proved,
-        }
-        refit = built.facts["refit"]
-        if not refit["safe"]:
-            return {**row, "full": built.facts["bytes"], "why": refit["reason"]}
-        row |= {"full": refit["plain"]["bytes"], "refittable": built.facts["bytes"], "kind": refit["kind"]}
-        return {**row, "refit_seconds": refit["refit_seconds"], "build_seconds": refit["build_seconds"]}
+    with tempfile.TemporaryDirectory() as folder:
+        policy = "always" if api.gpu() else "never"
+        built = _build(name, path, Path(folder), CHECKED, refit=policy)
+    row = {"onnx": (path / "model.onnx").stat().st_size, "proved": built.proved}
+    refit = built.facts["refit"]
+    if not refit["safe"]:
+        return {**row, "full": built.facts["bytes"], "why": refit["reason"]}
+    row |= {"full": refit["plain"]["bytes"], "refittable": built.facts["bytes"], "kind": refit["kind"]}
+    return {**row, "refit_seconds": refit["refit_seconds"], "build_seconds": refit["build_seconds"]}
 
 
-def quantized_row(path: Path, feed: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Plan bytes and, where it runs, latency of one model."""
-    with tempfile.TemporaryDirectory() as name:
-        built = _build(path, Path(name), feed, refit="never")
+def quantized_row(name: str, path: Path, batch: int) -> dict[str, Any]:
+    """Plan bytes and, where it runs, latency and cosine of one model."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = _build(name, path, Path(folder), batch, refit="never")
         row = {"onnx": (path / "model.onnx").stat().st_size, "plan": built.facts["bytes"]}
-        return {**row, "proved": built.proved, "ms": built.facts.get("latency_ms")}
+        row |= {"proved": built.proved, "parity": built.facts.get("parity")}
+        if built.proved == "executed":
+            with tensorrt.open(Path(folder) / "plan", None) as session:
+                row["ms"] = statistics.median(session.latencies(inputs(name, batch)))
+    return row
 
 
-def _build(path: Path, folder: Path, feed: dict[str, np.ndarray], **options: Any) -> Any:
-    """A build at a fixed batch."""
-    shapes = {name: {key: array.shape for key in ("min", "opt", "max")} for name, array in feed.items()}
-    return tensorrt.build(path, folder, samples=[feed], profiles=[shapes], **options)
+def _build(name: str, path: Path, folder: Path, batch: int, **options: Any) -> Any:
+    """A build for batches from the one that is checked to the one that is timed."""
+    low, high = inputs(name, CHECKED), inputs(name, batch)
+    shapes = {k: {"min": low[k].shape, "opt": high[k].shape, "max": high[k].shape} for k in low}
+    with np.load(path.parent / path.name.removesuffix("-fp8").removesuffix("-int8") / "right.npz") as found:
+        right = [{"embeds": found["embeds"]}]
+    return tensorrt.build(path, folder, samples=[low], reference=right, profiles=[shapes], **options)
 
 
 def main() -> int:
@@ -143,16 +150,16 @@ def main() -> int:
     print("model             | ONNX MB | full plan MB | refittable MB | refit s | build s")
     for name in (n for n in STRIPPED if n in options.models):
         path = export(name, options.folder, opset)
-        row = attempt(lambda p=path, n=name: stripped_row(p, inputs(n, 1)))  # type: ignore[misc]
+        row = attempt(lambda p=path, n=name: stripped_row(n, p))  # type: ignore[misc]
         report[name] = row
         print(
             f"{name:17} | {_mb(row, 'onnx')} | {_mb(row, 'full')} | {_mb(row, 'refittable')} | {_rest(row)}"
         )
     print(f"\nmodel, batch {options.batch:4}   | ONNX MB | plan MB | ms      | of FP16: ONNX, plan, ms")
     for name in (n for n in QUANTIZED if n in options.models):
-        path, feed = export(name, options.folder, opset), inputs(name, options.batch)
-        half = attempt(lambda p=path, f=feed: quantized_row(p, f))  # type: ignore[misc]
-        low = attempt(lambda p=path, f=feed: quantized_row(quantized(p, kind), f))  # type: ignore[misc]
+        path, low_path = (found := export(name, options.folder, opset)), quantized(found, kind)
+        half = attempt(lambda p=path, n=name: quantized_row(n, p, options.batch))  # type: ignore[misc]
+        low = attempt(lambda p=low_path, n=name: quantized_row(n, p, options.batch))  # type: ignore[misc]
         report[f"{name} fp16"], report[f"{name} {kind}"] = half, low
         for label, row in (("fp16", half), (kind, low)):
             shares = ", ".join(_share(row, half, key) for key in ("onnx", "plan", "ms"))

@@ -40,7 +40,7 @@ def insert(
     for node in out.graph.node:
         place = {"Gather": 0, "Conv": 1}.get(node.op_type) if tables else None
         if node.name in amax and node.input[1] in values:
-            nodes += _activation(fresh, node, amax[node.name], kind, values[node.input[1]].data_type)
+            nodes += _activation(fresh, node, amax[node.name], kind, values[node.input[1]].data_type, done)
             nodes += _weight(fresh, values, node, 1, kind, fold, done)
         elif place is not None and node.input[place] in values and _is_large(values[node.input[place]]):
             nodes += _weight(fresh, values, node, place, kind, fold, done)
@@ -81,14 +81,19 @@ class _Fresh:
 
 
 def _activation(
-    fresh: _Fresh, node: onnx.NodeProto, largest: float, kind: str, data_type: int
+    fresh: _Fresh, node: onnx.NodeProto, largest: float, kind: str, data_type: int, done: dict[str, str]
 ) -> Iterator[onnx.NodeProto]:
+    """Q/DQ before a node; nodes of one input and one range share theirs, as query, key and value do."""
+    name = f"{node.input[0]} {largest}"
+    if name in done:
+        node.input[0] = done[name]
+        return
     top = INT8_MAX if kind == "int8" else FP8_MAX
     scale, zero = fresh.scale(np.array(max(largest, 1e-6) / top), data_type, kind)
     quantized, back = fresh.name("q"), fresh.name("d")
     yield helper.make_node("QuantizeLinear", [node.input[0], scale, zero], [quantized], name=quantized)
     yield helper.make_node("DequantizeLinear", [quantized, scale, zero], [back], name=back)
-    node.input[0] = back
+    node.input[0] = done[name] = back
 
 
 def _weight(

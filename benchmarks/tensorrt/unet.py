@@ -1,4 +1,4 @@
-"""A UNet of the kind that diffusion models use, in plain PyTorch with random weights: for bytes and seconds."""
+"""A UNet as diffusion models use it, in plain PyTorch with random weights: for bytes and seconds."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class UNet(nn.Module):
         self.leave = nn.Conv2d(channels[0], 4, 3, padding=1)
 
     def forward(self, latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """One denoising step."""
         kind = self.enter.weight.dtype
         x, time, kept = self.enter(latents.to(kind)), time.to(kind), []
         for block, smaller in zip(self.down, self.smaller, strict=True):

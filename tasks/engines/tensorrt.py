@@ -6,6 +6,7 @@ weights, where apart, are `weights/model.onnx`, and opening both refits the one 
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from tasks.engines.common import Arrays, Built, RefitError, Samples, graph_diges
 from tasks.engines.tensorrt_options import Options, check, data_types, is_quantized, profiles_for
 from tasks.engines.tensorrt_run import TensorRTSession, load, manifest_of
 from tasks.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def version(flavor: api.Flavor | None = None) -> str | None:
@@ -55,6 +58,7 @@ def build(
     graph = onnx.load(source, load_external_data=False)
     job = _job(source, graph, folder / "plan" / "engine.plan", samples, flavor, Options(**options))
     shutil.rmtree(folder / "plan", ignore_errors=True)
+    log.info("building %s with %s; %s", source, job.flavor, choose.command(job))
     manifest: Facts = {
         "graph": graph_digest(graph),
         "runtime": job.flavor,
@@ -127,12 +131,12 @@ def refit(
 ) -> Built:
     """The plan with a new training's weights, in `folder/weights`; RefitError(reason) on any doubt."""
     source, start = model_file(model), time.perf_counter()
-    manifest = manifest_of(plan)
-    tensorrt_refit.check_weights(manifest, onnx.load(source), source)
-    if reference is None:
-        reference = tensorrt_parity.reference(source, samples)
     apart = folder / "weights"
     try:
+        manifest = manifest_of(plan)
+        tensorrt_refit.check_weights(manifest, onnx.load(source), source)
+        if reference is None:
+            reference = tensorrt_parity.reference(source, samples)
         weights_of.copy_model(source, apart)
         opening = time.perf_counter()
         with open(plan, apart) as session:
@@ -141,13 +145,9 @@ def refit(
     except (RefitError, InputError) as doubt:
         shutil.rmtree(apart, ignore_errors=True)
         raise RefitError(str(doubt)) from doubt
-    facts: Facts = {
-        "parity": parity,
-        "open_seconds": opened,
-        "refit_seconds": given,
-        "seconds": time.perf_counter() - start,
-    }
+    facts: Facts = {"parity": parity, "open_seconds": opened, "refit_seconds": given}
     facts |= {"command": manifest["command"], "bytes": manifest["bytes"]}
+    facts["seconds"] = time.perf_counter() - start
     return _result(manifest, "executed", facts)
 
 

@@ -57,8 +57,8 @@ def installed() -> Flavor | None:
 
 
 @lru_cache(maxsize=4)
-def version_of(flavor: Flavor) -> str | None:
-    """The installed flavor's version, None when it is not installed."""
+def version_of(flavor: str) -> str | None:
+    """The version of an installed flavor (or of its lean runtime), None when it is not installed."""
     if not util.find_spec(flavor):
         return None
     try:
@@ -91,7 +91,10 @@ def use(flavor: Flavor) -> Any:
         )
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = wanted
     try:
-        module = importlib.import_module(flavor)
+        if flavor == "tensorrt_rtx":
+            import tensorrt_rtx as module
+        else:
+            import tensorrt as module
     except ImportError as error:
         name = flavor.replace("_", "-")
         raise InputError(f"{flavor} does not import ({error}): pip install {name}") from error

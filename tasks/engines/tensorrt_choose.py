@@ -33,12 +33,17 @@ NO_REFIT: Facts = {
 ROUNDS = 50
 
 
+def command(job: tensorrt_build.Job) -> str:
+    """The `trtexec` command that builds the same."""
+    return trtexec(job.flavor, job.options, job.profiles, weak_types=job.weak_types, refit=job.refit)
+
+
 def seal(manifest: Facts, job: tensorrt_build.Job, refit: Facts) -> Facts:
     """Write `plan.json` beside the plan; returns what the engine's facts repeat of it."""
     plan = Path(job.plan)
     data = plan.read_bytes()
     facts: Facts = {
-        "command": trtexec(job.flavor, job.options, job.profiles, weak_types=job.weak_types, refit=job.refit),
+        "command": command(job),
         "bytes": len(data),
     }
     kept = {key: refit[key] for key in (*NO_REFIT, "reason")}
@@ -128,7 +133,7 @@ def trial(plan: Path, job: tensorrt_build.Job, samples: Samples, expected: Seque
     source = Path(job.model)
     model, tried = onnx.load(source), {}
     if not refit["identical"]:
-        other, sample = weights_of.rolled(model), [smallest(samples[0], job)]
+        other, sample = weights_of.rolled(model, job.options.individual), [smallest(samples[0], job)]
         right = tensorrt_parity.evaluate(other, sample)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"

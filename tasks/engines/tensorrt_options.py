@@ -168,7 +168,8 @@ def trtexec(
             words.append(f"--{key}Shapes={shapes}")
     words += ["--stronglyTyped"] if weak_types is None else [f"--{kind}" for kind in weak_types]
     if refit:
-        words += ["--refit"] if weak_types is not None else ["--refit", "--stripWeights"]
+        words += [] if options.identical else ["--refit"]
+        words += ["--stripWeights"] if weak_types is None else []
     words += [] if options.tf32 else ["--noTF32"]
     words += ["--sparsity=enable"] if options.sparse else []
     words += [f"--builderOptimizationLevel={options.level}"] if options.level is not None else []

@@ -125,11 +125,12 @@ def load(plan: Path, *, lean: bool = False) -> tuple[Recorded, dict[str, Any]]:
     """Check and deserialize a plan; `lean`: with the small runtime that opens version compatible plans."""
     manifest = manifest_of(plan)
     flavor: api.Flavor = manifest["runtime"]
-    check_host(manifest, api.version_of(flavor), api.gpu(), api.platform_name())
     if lean and not manifest["version_compatible"]:
         raise InputError(
             f"{plan}: the lean runtime opens version compatible plans only; build with that option"
         )
+    version = api.version_of(f"{flavor}_lean" if lean else flavor)
+    check_host(manifest, version, api.gpu(), api.platform_name())
     trt = importlib.import_module(f"{flavor}_lean") if lean else api.use(flavor)
     return Recorded(
         trt, (plan / "engine.plan").read_bytes(), host_code=manifest["version_compatible"]

@@ -69,15 +69,21 @@ def test_the_registry_says_why(digits: Outcome) -> None:
     assert curve[-1].value < curve[0].value
 
 
-def test_the_verdict_can_be_recomputed_from_what_was_logged(digits: Outcome) -> None:
-    from tasks.gate import judge
-    from tasks.measurements import measurements_from_json, verdict_bytes
+def test_the_verdict_can_be_recomputed_from_what_was_logged(
+    digits: Outcome, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    from flows.__main__ import main
 
-    folder = artifacts(digits) / "gate"
-    again = judge(
-        measurements_from_json((folder / "measurements.json").read_bytes()), digits.attempt.recipe.gate
-    )
-    assert verdict_bytes(again) == (folder / "verdict.json").read_bytes()
+    logged = artifacts(digits) / "gate" / "verdict.json"
+    assert main(["verdict", digits.version.run_id]) == 0
+    assert capfdbinary.readouterr().out == logged.read_bytes() + b"\n"
+    content = logged.read_bytes()
+    try:
+        logged.write_bytes(content.replace(b'"passed":true', b'"passed":false', 1))
+        assert main(["verdict", digits.version.run_id]) == 1
+    finally:
+        logged.write_bytes(content)
+    assert main(["verdict", "0" * 32]) == 2
 
 
 def test_a_second_run_reuses_every_stage_and_registers_nothing_new(
@@ -162,7 +168,7 @@ def test_a_stacked_text_recipe_is_promoted_and_answers(tiny_recipe: Path, optimi
         model.predict(["a fine film", "  "])
     with pytest.raises(Exception, match="[Ii]ncompatible input types|cannot be converted|expected text"):
         model.predict([1.5])
-    with pytest.raises(InputError, match="nothing to predict"):
+    with pytest.raises(mlflow.MlflowException, match="missing inputs"):
         model.predict([])
 
 

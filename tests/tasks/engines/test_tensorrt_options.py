@@ -107,3 +107,6 @@ def test_trtexec_says_the_same() -> None:
     strong = trtexec("tensorrt", Options(), [*profiles, *profiles], weak_types=None, refit=True)
     assert "--stronglyTyped --refit --stripWeights" in strong
     assert "--profile=1" in strong
+    identical = trtexec("tensorrt", Options(identical=True), profiles, weak_types=None, refit=True)
+    assert "--refit" not in identical
+    assert "--stripWeights" in identical

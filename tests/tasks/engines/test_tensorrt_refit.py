@@ -163,6 +163,12 @@ def test_trial_weights_are_another_function_of_the_same_graph() -> None:
         assert tensorrt_parity.error(moved, right) > 0.5
 
 
+def test_a_trial_changes_only_what_may_change() -> None:
+    """REFIT_INDIVIDUAL names the weights; the rest of the plan keeps its own."""
+    before, after = (weights.digests(m) for m in (net(0), weights.rolled(net(0), ("w1", "b2"))))
+    assert {name for name in before if before[name] != after[name]} == {"w1", "b2"}
+
+
 def test_widened_reference() -> None:
     wide = tensorrt_parity.widened(net(0))
     onnx.checker.check_model(wide)
@@ -205,3 +211,10 @@ def test_2_4_is_along_the_input() -> None:
     assert not weights.is_2_4(np.zeros((8, 8)), 0)
     assert weights.two_four(net(0, kind="int8", zeros="2:4")) == ["w0", "w1", "w2"]
     assert weights.two_four(net(0, zeros="random")) == []
+
+
+def test_any_doubt_of_a_refit_is_a_refit_error(tmp_path: Path) -> None:
+    """A damaged plan, or one of another graph, means a rebuild like every other doubt."""
+    onnx.save(net(1), tmp_path / "model.onnx")
+    with pytest.raises(RefitError, match=r"holds no engine.plan"):
+        tensorrt.refit(tmp_path / "plan", tmp_path, tmp_path / "out", samples=[FEED])

@@ -110,6 +110,11 @@ def test_accepted_hosts(changes: dict[str, Any], version: str, gpu: Gpu) -> None
     check_host(manifest(**changes), version, gpu, HERE)
 
 
+def test_the_lean_runtime_opens_compatible_plans_only(plan: Path) -> None:
+    with pytest.raises(InputError, match="version compatible plans only"):
+        tensorrt.open(plan, None, lean=True)
+
+
 def test_opening_says_what_is_missing(plan: Path) -> None:
     if tensorrt.device() != "none":
         pytest.skip("this machine has a GPU")
