@@ -94,11 +94,12 @@ def _optimize(recipe: Recipe) -> Outcome:
     attempt = Attempt(
         recipe, data, checkpoints, onnx, engines, scores, timing, verdict, measurements, tuple(timeline)
     )
-    reason = " ".join(rule.sentence for rule in verdict.rules)
     if not verdict.passed:
-        version = registry.register(attempt, "refused", f"Refused. {' '.join(verdict.reasons)}")
+        version = registry.register(attempt, "refused", f"Refused: {'; '.join(verdict.reasons)}.")
         return _outcome("refused", attempt, version, verdict.reasons)
-    version = registry.register(attempt, "passed", f"Passed. {reason}")
+    version = registry.register(
+        attempt, "passed", f"Passed: {'; '.join(rule.sentence for rule in verdict.rules)}."
+    )
     if recipe.promote == "manual":
         return _outcome("registered", attempt, version, ("promotion is manual: set the alias in MLflow",))
     return _outcome("promoted", attempt, registry.promote(version), ())
@@ -149,7 +150,7 @@ def pending(attempt: Attempt) -> Outcome:
         attempt.engines,
         timeline=tuple(timeline),
     )
-    version = registry.register(attempt, "pending", f"Pending. {reason}.")
+    version = registry.register(attempt, "pending", f"Pending: {reason}.")
     return _outcome("built", attempt, version, (reason,))
 
 

@@ -215,7 +215,7 @@ def _write(model: onnx.ModelProto, file: Path) -> None:
     """Save; past 1 GB the tensors go beside the graph, into `model.onnx.data`."""
     import onnx
 
-    large = model.ByteSize() > EXTERNAL_DATA_PAST
+    large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL_DATA_PAST
     onnx.save_model(
         model,
         str(file),

@@ -20,8 +20,11 @@ from benchmarks.tensorrt import qdq
 from benchmarks.tensorrt.features import features
 from benchmarks.tensorrt.report import Report, arrays, latency
 from benchmarks.tensorrt.sparsity import sparsity
-from tasks.engines import tensorrt
-from tasks.engines.common import RefitError
+from tasks.engines import tensorrt, tensorrt_build, tensorrt_parity
+from tasks.engines import tensorrt_api as api
+from tasks.engines.tensorrt_options import Options
+from tasks.engines.tensorrt_refit import refit_engine
+from tasks.engines.tensorrt_run import Recorded, TensorRTSession
 
 LEVEL = 2  # optimization level of the CLIP builds: 3 takes about twice as long
 
@@ -98,30 +101,39 @@ def _int8_model(clip: Path, name: str) -> None:
 
 
 def int8refit(clip: Path, report: Report) -> None:
-    """An INT8 plan refitted with another training's weights, scales and zero points."""
-    feed = [arrays(clip / "inputs.npz")]
-    _int8_model(clip, "first")
-    _int8_model(clip, "second")
-    right = {name: [arrays(clip / f"{name}.npz")] for name in ("first", "second")}
-    options: dict[str, Any] = {"half": True, "level": 1}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        built = tensorrt.build(
-            clip / "int8-first",
-            folder / "a",
-            samples=feed,
-            reference=right["first"],
-            refit="always",
-            **options,
+    """An INT8 engine refitted with its own weights, another training's, its own: what does it run?"""
+    feed, options = arrays(clip / "inputs.npz"), Options(level=0)
+    shape = feed["pixels"].shape
+    profile = {"pixels": {"min": shape, "opt": shape, "max": shape}}
+    right = {name: arrays(clip / f"{name}.npz") for name in ("first", "second")}
+    trt = api.use("tensorrt")
+    for name in right:
+        _int8_model(clip, name)
+    with tempfile.TemporaryDirectory() as folder:
+        model, plan = str(clip / "int8-first" / "model.onnx"), Path(folder) / "engine.plan"
+        job = tensorrt_build.Job(
+            model, str(plan), "tensorrt", options, [profile], ("fp16", "int8"), True, None
         )
-        report.add("build", asdict(built))
-        try:
-            done = tensorrt.refit(
-                folder / "a/plan", clip / "int8-second", folder / "b", samples=feed, reference=right["second"]
-            )
-            report.add("refit", done.facts)
-        except RefitError as error:
-            report.add("refit", f"RefitError: {error}")
+        tensorrt_build.build_here(job)
+        held = Recorded(trt, plan.read_bytes(), host_code=False)
+    report.add("fresh", _against(held, feed, right))
+    for title, name in (("own weights", "first"), ("new weights", "second"), ("own weights again", "first")):
+        path = clip / f"int8-{name}" / "model.onnx"
+        taken = refit_engine(held, "tensorrt", trt.__version__, path, onnx.load(path))
+        report.add(title, {"weights given": len(taken), **_against(held, feed, right)})
+
+
+def _against(held: Recorded, feed: Any, right: dict[str, Any]) -> dict[str, Any]:
+    """Error and cosine to each training's reference."""
+    with TensorRTSession(held) as session:
+        found = session.run(feed)
+    return {
+        f"against the {name} training": {
+            "error": tensorrt_parity.error(found, expected),
+            "cosine": tensorrt_parity.cosine(found, expected),
+        }
+        for name, expected in right.items()
+    }
 
 
 if __name__ == "__main__":

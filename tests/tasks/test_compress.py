@@ -114,6 +114,24 @@ def test_fp8_is_stored_as_fp8_and_half_precision_keeps_the_inputs(text: Any) -> 
     assert graph.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
+def test_a_large_model_keeps_its_tensors_beside_the_graph(
+    text: Any, stacked: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export.fn(stacked, text.dataset, Export(), "fp32")
+    monkeypatch.setattr("tasks.export.EXTERNAL_DATA_PAST", 1000)
+    model = export.fn(stacked, text.dataset, Export(), "fp32")
+    folder = store.path(model.blob)
+    assert (folder / "model.onnx.data").stat().st_size > (folder / "model.onnx").stat().st_size / 10
+    batch = batches.samples(text.dataset, batches.preprocessor(stacked), count=1)[0]
+    outputs = []
+    for blob in (whole.blob, model.blob):
+        place = tmp_path / blob.sha256
+        onnxruntime.build(store.path(blob), place, samples=[batch])
+        with onnxruntime.open(place / "plan", place / "weights") as session:
+            outputs.append(session.run(batch)["logits"])
+    assert np.array_equal(*outputs)
+
+
 def test_equal_training_exports_equal_bytes(text: Any, stacked: Checkpoint) -> None:
     first, second = (export.fn(stacked, text.dataset, Export(), "fp32") for _ in range(2))
     assert first.blob == second.blob

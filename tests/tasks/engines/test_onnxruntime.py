@@ -80,6 +80,17 @@ def test_inputs_say_what_a_session_takes(first: Path) -> None:
             session.run({"input_ids": np.zeros((1, 4), np.int64)})
 
 
+def test_tensors_on_a_device_give_the_same_outputs(first: Path) -> None:
+    """IOBinding, on the one device that every machine has."""
+    feed = sentences(1)[0]
+    with engine.open(first / "plan", first / "weights") as session:
+        expected = session.run(feed)
+        got = session.run_on_device(session.to_device(feed, "cpu"), "cpu")
+    assert {name: value.device_name() for name, value in got.items()} == dict.fromkeys(expected, "cpu")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name].numpy(), value)
+
+
 def test_an_image_engine_runs_its_convolutions_in_integers(tmp_path: Path) -> None:
     proof = built(image(), tmp_path, pixels()).facts["proof"]
     assert proof["operators"] == {"MatMulIntegerToFloat": 1, "QLinearConv": 2}
