@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -39,11 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the finished stages are kept", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(
-                f"error: the disk is full ({error.filename or store.home()}); free space and run again",
-                file=sys.stderr,
-            )
+        if store.full():  # whoever noticed first: a database tells it in words of its own
+            print(f"error: the disk is full: {store.home()} (free space and run again)", file=sys.stderr)
             return BAD_INPUT
         if os.environ.get("ENGINEHOUSE_TRACEBACK"):
             raise

@@ -93,11 +93,13 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
                     "file": [files[k] for k in rows],
                 },
             )
+        digests = {part: store.file_digest(folder / f"{part}.parquet") for part in parts}
         blob = store.commit(folder)
     counts = {name: sum(labels[k] == i for k in parts["test"]) for i, name in enumerate(data.labels)}
     facts = {
         "source": data.source,
         "content": content,
+        "sha256": digests,
         "rows_read": len(values),
         "rows_without_label": len(values) - len(kept),
         "rows_repeated": len(kept) - len(unique),

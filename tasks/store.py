@@ -20,6 +20,8 @@ from pathlib import Path
 from tasks.artifacts import Blob
 from tasks.errors import InputError
 
+LEAST_FREE = 64 << 20  # bytes
+
 
 class Damaged(Exception):
     """An artifact is missing from the store or is not what its digest says."""
@@ -31,11 +33,18 @@ def home() -> Path:
 
 
 def prepare() -> Path:
-    """Make the state folder; raises InputError when it cannot be written."""
+    """Make the state folder; raises InputError when it cannot be written or has next to no room."""
     with explained(home()):
         home().mkdir(parents=True, exist_ok=True)
+        if full():
+            raise OSError(errno.ENOSPC, "less than 64 MB are free", str(home()))
         with tempfile.TemporaryFile(dir=home()):
             return home()
+
+
+def full() -> bool:
+    """Whether the state folder's disk has less room than the databases alone may need."""
+    return shutil.disk_usage(home()).free < LEAST_FREE
 
 
 def path(blob: Blob) -> Path:

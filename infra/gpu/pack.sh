@@ -37,9 +37,6 @@ for lib in libcublas.so.12 libcublasLt.so.12 libcudnn.so.8; do
   gcc -shared -fPIC -o "$work/kit/stubs/$lib" -Wl,-soname,"$lib" -Wl,--version-script="$work/$lib.map" "$work/stub.c"
 done
 
-# A version compatible build looks for the lean runtime under its full name.
-ln -s ../site/tensorrt_lean/libnvinfer_lean.so.8 "$work/kit/stubs/libnvinfer_lean.so.8.6.0"
-
 tar -C "$work/kit" -cf - . | zstd -q -T0 "-${LEVEL:-3}" --long=27 -o "$work/kit.tar.zst"
 rm -rf "$dir"/p[0-9][0-9]
 split -b "${PART:-57M}" -d -a 2 --numeric-suffixes=1 "$work/kit.tar.zst" "$work/part."

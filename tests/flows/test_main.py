@@ -87,6 +87,21 @@ def test_bad_input_is_told_in_words_and_registers_nothing(override: str, words: 
     assert words in run.data.tags["error"]
 
 
+def test_a_full_disk_is_told_in_words(tmp_path: Path) -> None:
+    """On a real file system of 4 MB, which only root can make."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        done = flows("optimize", QUICK, ENGINEHOUSE_HOME=str(tmp_path))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert done.returncode == 2
+    assert "the disk is full" in told(done)
+
+
 def test_a_state_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = flows("optimize", QUICK, ENGINEHOUSE_HOME=str(tmp_path / "file" / "home"))
