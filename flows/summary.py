@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import registry, store
@@ -30,7 +32,7 @@ def table(outcome: Outcome) -> str:
         f"{len(attempt.timeline)} stages in {seconds:.0f} s, {reused} reused; peak memory {peak:.1f} GiB",
         f"manifest  {version.manifest}",
         f"MLflow    {_mlflow()}",
-        f"Prefect   PREFECT_HOME={os.environ['PREFECT_HOME']} prefect server start",
+        f"Prefect   PREFECT_HOME={os.environ['PREFECT_HOME']} {_command('prefect')} server start",
     ]
     return "\n".join(lines)
 
@@ -77,6 +79,11 @@ def _mlflow() -> str:
     if uri != registry.default_uri():
         return uri
     artifacts = (store.home() / "mlartifacts").as_uri()
-    return (
-        f"mlflow server --backend-store-uri {registry.default_uri()} --artifacts-destination {artifacts} -w 1"
-    )
+    command = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_command('mlflow')} server -w 1"
+    return f"{command} --backend-store-uri {uri} --artifacts-destination {artifacts}"
+
+
+def _command(name: str) -> str:
+    """The command beside this Python, relative to here where that is shorter."""
+    place = Path(sys.executable).parent / name
+    return os.path.relpath(place) if place.is_relative_to(Path.cwd()) else str(place)
