@@ -24,8 +24,9 @@ from tasks.export import export
 from tasks.finetune import finetune
 from tasks.load import fingerprint, load_data, load_model
 from tasks.manifest import Attempt, metrics
+from tasks.running import labels
 from tasks.sparsify import sparsify
-from tasks.stage import timeline
+from tasks.stage import say, timeline
 
 JUDGED = ("candidate", "baseline", "champion")
 
@@ -50,14 +51,14 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
     try:
         return _optimize(plan)
     except Exception as error:
-        registry.record_failure(plan.model_dump(mode="json"), error)
+        _log_failure(plan, error)
         raise
 
 
 def _optimize(recipe: Recipe) -> Outcome:
     # 1. Metric, rows and weights: checked here, before anything costly.
     check(recipe.gate.metric)
-    found_data = fingerprint(recipe.data.source, recipe.data.revision, recipe.data.files)
+    found_data = fingerprint(recipe.data.source, recipe.data.revision, "dataset")
     found_model = fingerprint(recipe.model.source, recipe.model.revision)
     data = load_data(recipe.data, recipe.task, found_data)
     start = load_model(recipe.model, recipe.data, recipe.task, found_model, recipe.data.split.seed)
@@ -154,10 +155,18 @@ def pending(attempt: Attempt) -> Outcome:
     return _outcome("built", attempt, version, (reason,))
 
 
+def _log_failure(recipe: Recipe, error: Exception) -> None:
+    try:
+        registry.record_failure(recipe.model_dump(mode="json"), error)
+    except Exception as second:  # the first error is the one to tell
+        say(f"the failed run could not be logged: {second}")
+
+
 def _comparable(champion: Engine, candidate: Engine) -> bool:
-    """Not the candidate itself, and of a runtime that runs here."""
+    """Not the candidate itself, of the same runtime, and with the same labels in the same order."""
     same = (champion.plan, champion.weights) == (candidate.plan, candidate.weights)
-    return not same and champion.plan.runtime == candidate.plan.runtime
+    alike = champion.plan.runtime == candidate.plan.runtime and labels(champion) == labels(candidate)
+    return alike and not same
 
 
 def _outcome(verdict: Any, attempt: Attempt, version: Version, reasons: Sequence[str]) -> Outcome:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from recipes.schema import Benchmark
 from tasks import batches, peak_memory, store, types
 from tasks.artifacts import Dataset, Engine, Metrics
-from tasks.engines.common import Session
+from tasks.engines.common import OnDevice, Session
 from tasks.measurements import latency_summary
 from tasks.running import opened
 from tasks.stage import stage
@@ -82,22 +82,26 @@ def _rounds(
     for number in tqdm(range(section.rounds), desc="benchmark", unit="round"):
         for size, feed in inputs.items():
             for name in names if number % 2 == 0 else reversed(names):
-                found[name][size].append([_seconds(sessions[name], feed) for _ in range(calls[size])])
+                found[name][size].append(_seconds(sessions[name], feed, calls[size]))
     return found
 
 
 def _calls(sessions: dict[str, Session], feed: types.Example, section: Benchmark) -> int:
     """Warm up; how many calls of the fastest engine make a round long enough to time."""
-    fastest = min(
-        min(_seconds(session, feed) for _ in range(section.warmup)) for session in sessions.values()
-    )
+    fastest = min(min(_seconds(session, feed, section.warmup)) for session in sessions.values())
     return max(1, math.ceil(section.round_ms / 1000 / fastest))
 
 
-def _seconds(session: Session, feed: types.Example) -> float:
-    started = time.perf_counter()
-    session.run(feed)
-    return time.perf_counter() - started
+def _seconds(session: Session, feed: types.Example, count: int) -> list[float]:
+    """Seconds of each call: by device events where the session has them, else by the clock."""
+    if isinstance(session, OnDevice):
+        return [milliseconds / 1000 for milliseconds in session.latencies(feed, count, 0)]
+    calls = []
+    for _ in range(count):
+        started = time.perf_counter()
+        session.run(feed)
+        calls.append(time.perf_counter() - started)
+    return calls
 
 
 def _clocks() -> list[float]:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,15 @@ STATE = "modelopt_state.pth"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """ModelOpt prints a line per step and warns of versions that work; neither is for the user."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """ModelOpt prints and logs a line per step and warns of versions that work; none is for the user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def from_pretrained(source: Path, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -30,13 +30,13 @@ NETWORK: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 5, "retry_condit
 SUFFIXES = {".csv": "csv", ".txt": "csv", ".tsv": "csv", ".gz": "csv", ".json": "json", ".jsonl": "json"}
 
 
-def fingerprint(source: str, revision: str | None = None, files: Sequence[str] = ()) -> str:
+def fingerprint(source: str, revision: str | None = None, repository: str = "model") -> str:
     """What the source holds now, as one digest: a file's content, a package's, a hub revision's commit."""
     kind, _, rest = source.partition(":")
     if kind == "hub":
         from huggingface_hub import HfApi
 
-        return str(HfApi().repo_info(rest, revision=revision, repo_type="dataset" if files else None).sha)
+        return str(HfApi().repo_info(rest, revision=revision, repo_type=repository).sha)
     if kind == "python":
         module = importlib.util.find_spec(rest.partition(":")[0])
         if module is None or module.origin is None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,7 +84,6 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
     with _run(attempt.recipe.name) as run, tempfile.TemporaryDirectory() as scratch:
         _log(attempt, content, Path(scratch))
         uri = _log_model(attempt, Path(scratch))
-        registered = _create_version(mlflow, model, uri, run.info.run_id)
         tags = {
             "gate": gate,
             "proved": attempt.engines["candidate"].proved,
@@ -91,11 +91,9 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
             "recipe": attempt.recipe.name,
             "key": key,
         }
-        for name, value in tags.items():
-            mlflow.set_model_version_tag(model, registered.version, name, value)
-        mlflow.update_model_version(model, registered.version, description=reason)
+        # Last, and whole: a version is there with its gate tag, or it is not there.
+        registered = _create_version(mlflow, model, uri, run.info.run_id, tags, reason)
         mlflow.set_tag(run.info.run_id, "gate", gate)
-    _keep(content, run.info.run_id)
     return _version(mlflow.get_model_version(model, registered.version), model)
 
 
@@ -216,14 +214,16 @@ def _log_model(attempt: Attempt, scratch: Path) -> str:
             shutil.copy(source / name, place)
     _pack(attempt.engines["candidate"], attempt.recipe.build.max_batch, scratch / "engine")
     installed = versions(SERVING_LIBRARIES)
-    info = mlflow.pyfunc.log_model(
-        name=attempt.recipe.model.name,
-        python_model=str(code / "serving.py"),
-        artifacts={"engine": str(scratch / "engine")},
-        code_paths=[str(code)],
-        signature=_signature(attempt),
-        pip_requirements=[f"{name}=={number}" for name, number in installed.items()],
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for an example; the signature says what goes in
+        info = mlflow.pyfunc.log_model(
+            name=attempt.recipe.model.name,
+            python_model=str(code / "serving.py"),
+            artifacts={"engine": str(scratch / "engine")},
+            code_paths=[str(code)],
+            signature=_signature(attempt),
+            pip_requirements=[f"{name}=={number}" for name, number in installed.items()],
+        )
     return str(info.model_uri)
 
 
@@ -286,7 +286,9 @@ def _download(uri: str, folder: Path) -> Path:
     return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
 
 
-def _create_version(mlflow: MlflowClient, model: str, uri: str, run_id: str) -> ModelVersion:
+def _create_version(
+    mlflow: MlflowClient, model: str, uri: str, run_id: str, tags: dict[str, str], reason: str
+) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -294,7 +296,7 @@ def _create_version(mlflow: MlflowClient, model: str, uri: str, run_id: str) -> 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return mlflow.create_model_version(model, uri, run_id=run_id)
+    return mlflow.create_model_version(model, uri, run_id=run_id, tags=tags, description=reason)
 
 
 def _aliased(mlflow: MlflowClient, model: str, alias: str) -> ModelVersion | None:
@@ -328,18 +330,19 @@ def _key(attempt: Attempt, gate: str) -> str:
 def _version(found: ModelVersion, model: str) -> Version:
     assert found.run_id is not None
     alias = CHAMPION if CHAMPION in found.aliases else None
-    place = str(_manifest_place(found.run_id))
+    place = str(_manifest(found.run_id))
     return Version(model, str(found.version), found.run_id, found.tags["gate"], alias, place)
 
 
-def _keep(content: dict[str, Any], run_id: str) -> None:
-    place = _manifest_place(run_id)
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(json.dumps(content, indent=1, sort_keys=True))
+def _manifest(run_id: str) -> Path:
+    """The run's manifest as a file of this machine, fetched once."""
+    import mlflow
 
-
-def _manifest_place(run_id: str) -> Path:
-    return store.home() / "manifests" / f"{run_id}.json"
+    place = store.home() / "manifests" / f"{run_id}.json"
+    if not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(mlflow.artifacts.load_text(f"runs:/{run_id}/manifest.json"))
+    return place
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tasks import store
+from tasks import store, types
 from tasks.artifacts import Engine
 from tasks.engines import open_engine
 from tasks.engines.common import Session
+
+
+def labels(engine: Engine) -> list[str]:
+    """The class names that the engine's outputs stand for, in order."""
+    return list(types.settings(store.path(engine.preprocessor))["labels"])
 
 
 @contextmanager

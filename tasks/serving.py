@@ -6,6 +6,7 @@ MLflow runs this file when it loads a version (models from code): no pickle, no 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from mlflow.pyfunc.model import PythonModel
 from tasks import types
 from tasks.engines import open_engine
 from tasks.errors import InputError
+
+# MLflow asks for type hints on `predict`; the signature logged with each version says more.
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
 
 
 class EngineModel(PythonModel):

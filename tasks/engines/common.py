@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx
@@ -49,6 +49,14 @@ class Session(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A session that times itself by the device's own events."""
+
+    def latencies(self, feed: Arrays, count: int, warmup: int) -> list[float]:
+        """Milliseconds of `count` executions, inputs and outputs staying on the device."""
 
 
 def model_file(model: Path) -> Path:
