@@ -31,7 +31,7 @@ $(VENV)/.ready: requirements.lock requirements-data.lock
 # Rated sentences; only in the source package of vaderSentiment.
 $(HUTTO):
 	rm -rf .data/vader && mkdir -p .data/vader
-	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d .data/vader vaderSentiment==3.3.2
+	$(BIN)/pip download --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --no-binary :all: -d .data/vader vaderSentiment==3.3.2
 	tar -xzf .data/vader/vaderSentiment-3.3.2.tar.gz -C .data/vader
 	tar -xzf .data/vader/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz -C .data/vader
 	mv .data/vader/hutto_ICWSM_2014 $@

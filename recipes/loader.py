@@ -65,8 +65,9 @@ class _Loader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, where YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         mapping = super().construct_mapping(node, deep)
-        if len(mapping) != len(node.value):
+        if len(own) != len(set(own)):
             raise yaml.YAMLError(f"a key stands twice in the mapping at line {node.start_mark.line + 1}")
         return mapping
 

@@ -18,7 +18,7 @@ Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 class Section(BaseModel):
     """Base of every section: frozen, and a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -54,13 +54,17 @@ class Split(Section):
 
 
 class Data(Section):
-    """Labelled rows: a file, a folder, a package or a hub data set, and how to read it."""
+    """Labelled rows: a file, a folder, a package or a hub data set, and how to read it.
+
+    `keep` names further columns, for the gate's floors.
+    """
 
     source: Source
     revision: str | None = None
     files: tuple[str, ...] = ()
     format: Literal["csv", "json", "parquet"] | None = None
     read: dict[str, Any] = Field(default_factory=dict)
+    keep: tuple[str, ...] = ()
     text: str | None = None
     image: Image | None = None
     label: str | Label
@@ -152,8 +156,10 @@ class Recipe(Section):
             raise ValueError(f"task {self.task} needs data.{column}")
         if self.model.source.startswith("python:") and self.finetune is None:
             raise ValueError("a python: model starts from random weights; add a finetune section")
-        if self.qat is not None and self.quantize is None and self.sparsify is None:
-            raise ValueError("qat trains with mask or quantizers on; add a sparsify or quantize section")
+        if self.quantize is None and self.sparsify is None:
+            raise ValueError("nothing is pruned or quantized; add a sparsify or quantize section")
+        if not (self.gate.max_drop or self.gate.min_ratio or self.gate.floors):
+            raise ValueError("gate: nothing holds the quality; set max_drop, min_ratio or floors")
         if max(self.benchmark.batch_sizes) > self.build.max_batch:
             raise ValueError("benchmark.batch_sizes goes beyond build.max_batch")
         return self

@@ -33,14 +33,18 @@ def benchmark(
 
     One benchmark at a time on a host: a file lock keeps a second one waiting.
     """
-    inputs = {size: _batch(dataset, next(iter(engines.values())), size) for size in section.batch_sizes}
+    inputs = {
+        name: {size: _batch(dataset, engine, size) for size in section.batch_sizes}
+        for name, engine in engines.items()
+    }
     lock = FileLock(store.home() / "benchmark.lock")
     with lock, ExitStack() as stack:
         before = os.getloadavg()[0]
         sessions = {name: stack.enter_context(opened(engine, threads)) for name, engine in engines.items()}
         rounds = _rounds(sessions, inputs, section)
+        largest = max(section.batch_sizes)
         memory = {
-            name: peak_memory.measure(engine, inputs[max(inputs)], threads)
+            name: peak_memory.measure(engine, inputs[name][largest], threads)
             for name, engine in engines.items()
         }
     with store.staging() as folder:
@@ -60,7 +64,10 @@ def benchmark(
         "rounds": section.rounds,
         "round_ms": section.round_ms,
         "warmup": section.warmup,
-        "shapes": {str(size): {k: list(v.shape) for k, v in feed.items()} for size, feed in inputs.items()},
+        "shapes": {
+            str(size): {k: list(v.shape) for k, v in feed.items()}
+            for size, feed in inputs["candidate"].items()
+        },
     }
     return Metrics(values, blob, facts)
 
@@ -71,24 +78,27 @@ def _batch(dataset: Dataset, engine: Engine, size: int) -> types.Example:
     return types.load(dataset.type).collate([encoded[k] for k in chosen])
 
 
+Feeds = dict[str, dict[int, types.Example]]
+
+
 def _rounds(
-    sessions: dict[str, Session], inputs: dict[int, types.Example], section: Benchmark
+    sessions: dict[str, Session], inputs: Feeds, section: Benchmark
 ) -> dict[str, dict[int, list[list[float]]]]:
-    calls = {size: _calls(sessions, feed, section) for size, feed in inputs.items()}
-    found: dict[str, dict[int, list[list[float]]]] = {
-        name: {size: [] for size in inputs} for name in sessions
-    }
+    calls = {size: _calls(sessions, inputs, size, section) for size in section.batch_sizes}
+    found: dict[str, dict[int, list[list[float]]]] = {name: {size: [] for size in calls} for name in sessions}
     names = list(sessions)
     for number in tqdm(range(section.rounds), desc="benchmark", unit="round"):
-        for size, feed in inputs.items():
+        for size, count in calls.items():
             for name in names if number % 2 == 0 else reversed(names):
-                found[name][size].append(_seconds(sessions[name], feed, calls[size]))
+                found[name][size].append(_seconds(sessions[name], inputs[name][size], count))
     return found
 
 
-def _calls(sessions: dict[str, Session], feed: types.Example, section: Benchmark) -> int:
+def _calls(sessions: dict[str, Session], inputs: Feeds, size: int, section: Benchmark) -> int:
     """Warm up; how many calls of the fastest engine make a round long enough to time."""
-    fastest = min(min(_seconds(session, feed, section.warmup)) for session in sessions.values())
+    fastest = min(
+        min(_seconds(session, inputs[name][size], section.warmup)) for name, session in sessions.items()
+    )
     return max(1, math.ceil(section.round_ms / 1000 / fastest))
 
 

@@ -5,6 +5,8 @@ python -m flows optimize RECIPE     (stage `build`)
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +28,13 @@ def installed(runtime: Runtime) -> str | None:
 
 
 def host(runtime: Runtime) -> str:
-    """What a plan and its measurements depend on here: device and runtime version."""
+    """What a plan depends on here: device and runtime version."""
     return f"{module(runtime).device()}, {runtime} {installed(runtime)}"
+
+
+def machine(runtime: Runtime) -> str:
+    """What measurements depend on here: the host by name, its cores for this process, device and runtime."""
+    return f"{platform.node()}, {len(os.sched_getaffinity(0))} cores, {host(runtime)}"
 
 
 def precision(runtime: Runtime) -> Literal["fp32", "fp16"]:

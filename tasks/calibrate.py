@@ -6,8 +6,7 @@ python -m flows optimize RECIPE     (stage `calibrate`)
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatch
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from recipes.schema import Quantize
@@ -63,19 +62,16 @@ def quant_config(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, 
 
     weights = {"num_bits": BITS[section.format], "axis": 0 if section.format == "int8" else None}
     inputs = {"num_bits": BITS[section.format], "axis": None}
+    left_out = checkpoints.excluded(modules, section.exclude, "quantize.exclude")
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, module in modules.items():
         embedding = isinstance(module, nn.Embedding)
-        if _excluded(name, section.exclude) or (embedding and not section.embeddings):
+        if name in left_out or (embedding and not section.embeddings):
             continue
         rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weights})
         if not embedding:
             rules.append({"quantizer_name": f"{name}.input_quantizer", "cfg": inputs})
     return {"quant_cfg": rules, "algorithm": section.algorithm}
-
-
-def _excluded(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _quantizable(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,7 +12,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def quiet() -> Iterator[None]:
 def from_pretrained(source: Path, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """A sequence classifier from a Hugging Face folder; only the head may be new."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
@@ -52,7 +54,7 @@ def from_pretrained(source: Path, labels: int, seed: int) -> tuple[nn.Module, di
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source, config=config, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model.source: {source} does not fit its config: {error}") from error
     trunk = f"{model.base_model_prefix}."
     # A pooler is part of the head: encoders trained without one are common.
@@ -154,6 +156,15 @@ def sparse_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: model.get_submodule(name) for name, mask in masks.items() if mask is not None and not mask.all()
     }
+
+
+def excluded(names: Iterable[str], patterns: Sequence[str], key: str) -> set[str]:
+    """The names that a pattern matches; raises InputError for a pattern that matches none."""
+    found = {pattern: {name for name in names if fnmatchcase(name, pattern)} for pattern in patterns}
+    for pattern, matched in found.items():
+        if not matched:
+            raise InputError(f"{key}: {pattern!r} matches no module; there are {', '.join(names)}")
+    return set().union(*found.values())
 
 
 def sparsity(model: nn.Module) -> Facts:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from recipes.gate import Gate
 from tasks import batches, metrics, store, types
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel
 from tasks.engines.common import Session
@@ -22,11 +23,20 @@ BATCH = 32
 TAKEN = ("label", "probability")
 
 
-def check(metric: str) -> None:
-    """Raise InputError for a metric that does not exist, or that a classifier's outputs cannot feed."""
-    takes = metrics.metric(metric).takes
-    if takes not in TAKEN:
-        raise InputError(f"gate.metric: {metric} takes a {takes}; a classifier gives {' and '.join(TAKEN)}")
+def check(gate: Gate, classes: int) -> None:
+    """Raise InputError for a metric that does not exist or cannot judge so many classes."""
+    how = metrics.metric(gate.metric)
+    if how.takes not in TAKEN:
+        raise InputError(
+            f"gate.metric: {gate.metric} takes a {how.takes}; a classifier gives {' and '.join(TAKEN)}"
+        )
+    if how.points and (gate.max_drop or 0) >= 1:
+        raise InputError(f"gate.max_drop: {gate.max_drop} is more than all of it; 2 points are 0.02")
+    references = np.arange(2 * classes) % classes
+    try:
+        how.value(_predictions(np.eye(classes)[references], how.takes), references)
+    except Exception as error:  # scikit-learn's and the user's own functions raise what they like
+        raise InputError(f"gate.metric: {gate.metric} cannot judge {classes} classes: {error}") from error
 
 
 @stage(
@@ -35,10 +45,13 @@ def check(metric: str) -> None:
     gpu=True,
     timeout_seconds=6 * 3600,
 )
-def evaluate(engine: Engine, model: OnnxModel | None, dataset: Dataset, metric: str, host: str) -> Metrics:
+def evaluate(
+    engine: Engine, model: OnnxModel | None, dataset: Dataset, metric: str, content: str, host: str
+) -> Metrics:
     """The metric over the test rows, each row's prediction and score, and parity with the ONNX it came from.
 
-    `model` is that ONNX (None for a champion, whose parity was judged when it was made).
+    `model` is that ONNX (None for a champion, whose parity was judged when it was made); `content` is the
+    fingerprint of a metric of the user's own.
     """
     how = metrics.metric(metric)
     encoded, labels = batches.examples(dataset, "test", store.path(engine.preprocessor))
@@ -52,8 +65,8 @@ def evaluate(engine: Engine, model: OnnxModel | None, dataset: Dataset, metric: 
     per_row = metrics.scores(how, predictions, labels)
     value = float(np.mean(per_row)) if per_row is not None else float(how.value(predictions, labels))
     with store.staging() as folder:
-        content = {"predictions": predictions.tolist(), "references": labels.tolist(), "scores": per_row}
-        (folder / "scores.json").write_text(json.dumps(content))
+        logged = {"predictions": predictions.tolist(), "references": labels.tolist(), "scores": per_row}
+        (folder / "scores.json").write_text(json.dumps(logged))
         blob = store.commit(folder)
     values = {metric: value}
     if model is not None:

@@ -48,6 +48,7 @@ __all__ = [
 
 CANDIDATE, BASELINE, CHAMPION = "candidate", "baseline", "champion"
 MIN_ROUNDS = 6  # fewer cannot give a 95 % interval of a median, however they fall
+UNMEASURED = "champion_unmeasured"  # in a measurement's facts: why a champion could not be measured
 
 
 def judge(measurements: Measurements, gate: Gate) -> Verdict:
@@ -57,6 +58,8 @@ def judge(measurements: Measurements, gate: Gate) -> Verdict:
     check(measurements, gate.metric)
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     rules = [evidence(measurements.engines[CANDIDATE])]
+    if why := measurements.facts.get(UNMEASURED):
+        rules.append(_missing("champion", "the comparison with the champion", why, gate))
     rules += [
         *quality(measurements, gate, seed),
         *floors(measurements, gate, seed),

@@ -5,6 +5,7 @@ python -m flows optimize RECIPE     (stages `load data` and `load model`)
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -20,13 +21,12 @@ from recipes.schema import Data, Label, Model, Split
 from tasks import checkpoints, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
-from tasks.stage import passing, stage
+from tasks.stage import NETWORK, stage
 
 if TYPE_CHECKING:
     import pyarrow
     from torch import nn
 
-NETWORK: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": passing}
 SUFFIXES = {".csv": "csv", ".txt": "csv", ".tsv": "csv", ".gz": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -38,7 +38,10 @@ def fingerprint(source: str, revision: str | None = None, repository: str = "mod
 
         return str(HfApi().repo_info(rest, revision=revision, repo_type=repository).sha)
     if kind == "python":
-        module = importlib.util.find_spec(rest.partition(":")[0])
+        try:
+            module = importlib.util.find_spec(rest.partition(":")[0])
+        except ModuleNotFoundError:
+            module = None
         if module is None or module.origin is None:
             raise InputError(f"{source}: no module {rest.partition(':')[0]} here")
         return store.file_digest(Path(module.origin))
@@ -82,7 +85,8 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
     unique = _first_of_each(values, kept)
     if not unique:
         raise InputError(f"data.source {data.source}: no row is left with a label and a {column}")
-    parts = _split(unique, data.split)
+    parts = _split([(k, values[k]) for k in unique], data.split)
+    extra = {name: _column(table, name, "data.keep") for name in data.keep}
     with store.staging() as folder:
         for part, rows in parts.items():
             _write(
@@ -91,6 +95,7 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
                     column: [values[k] for k in rows],
                     "label": [labels[k] for k in rows],
                     "file": [files[k] for k in rows],
+                    **{name: [column_[k] for k in rows] for name, column_ in extra.items()},
                 },
             )
         digests = {part: store.file_digest(folder / f"{part}.parquet") for part in parts}
@@ -114,6 +119,7 @@ def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> 
     with store.staging() as folder:
         if model.source.startswith("python:"):
             module, config = checkpoints.from_function(model.source.partition(":")[2], len(data.labels), seed)
+            config["source_sha256"] = content  # another network may have the same tensors
         else:
             module, config = checkpoints.from_pretrained(_weights(model), len(data.labels), seed)
         settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
@@ -249,11 +255,15 @@ def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
 def _used(table: pyarrow.Table, data: Data, file: str) -> pyarrow.Table:
     """The text and label columns alone."""
     label = data.label.column if isinstance(data.label, Label) else data.label
-    for key, name in (("data.text", data.text), ("data.label", label)):
+    for key, name in (
+        ("data.text", data.text),
+        ("data.label", label),
+        *(("data.keep", k) for k in data.keep),
+    ):
         if name not in table.column_names:
             has = ", ".join(map(str, table.column_names))
             raise InputError(f"{key}: {file} has no column {name!r}; it has {has}")
-    return table.select([data.text, label])
+    return table.select(list(dict.fromkeys([data.text, label, *data.keep])))
 
 
 def _column(table: pyarrow.Table, name: str, key: str) -> list[Any]:
@@ -281,7 +291,15 @@ def _images(table: pyarrow.Table, data: Data) -> list[list[float]]:
         raise InputError(
             f"data.image.shape {data.image.shape} needs {size} columns, there are {len(table.column_names)}"
         )
-    pixels = np.stack([np.asarray(table[k].to_numpy(), dtype=np.float64) for k in range(size)], axis=1)
+    label = data.label.column if isinstance(data.label, Label) else data.label
+    if label in table.column_names[:size]:
+        raise InputError(
+            f"data.image: the label column {label!r} is among the first {size} columns, the pixels"
+        )
+    try:
+        pixels = np.stack([np.asarray(table[k].to_numpy(), dtype=np.float64) for k in range(size)], axis=1)
+    except ValueError as error:
+        raise InputError(f"data.image: the first {size} columns are not all numbers: {error}") from error
     bad = np.flatnonzero(~np.isfinite(pixels).all(axis=1))
     if len(bad):
         raise InputError(f"data.image: {len(bad)} images hold NaN or infinity (first at row {bad[0] + 1})")
@@ -326,7 +344,8 @@ def _first_of_each(values: Sequence[Any], kept: Sequence[int]) -> list[int]:
     return list(seen.values())
 
 
-def _split(rows: Sequence[int], split: Split) -> dict[str, list[int]]:
+def _split(rows: Sequence[tuple[int, Any]], split: Split) -> dict[str, list[int]]:
+    """Rows by part. The order is a hash of each row's value: more data moves no trained row into test."""
     wanted = split.train + split.test
     if wanted > len(rows):
         raise InputError(
@@ -335,8 +354,9 @@ def _split(rows: Sequence[int], split: Split) -> dict[str, list[int]]:
         )
     if split.calibration > split.train:
         raise InputError(f"data.split.calibration ({split.calibration}) is more than train ({split.train})")
-    drawn = [rows[k] for k in np.random.default_rng(split.seed).permutation(len(rows))[:wanted]]
-    test, train = drawn[: split.test], drawn[split.test :]
+    ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{split.seed} {row[1]}".encode()).digest())
+    drawn = [k for k, _ in ranked]
+    test, train = drawn[: split.test], drawn[len(drawn) - split.train :]
     return {"train": train, "calibration": train[: split.calibration], "test": test}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -20,19 +21,20 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from prefect import task
 
+from recipes.schema import Recipe
 from tasks import store
 from tasks.artifacts import Blob, Engine, Plan, Proved, Version
 from tasks.errors import InputError
 from tasks.manifest import Attempt, manifest, metrics, versions
 from tasks.measurements import measurements_from_json
 from tasks.report import report
-from tasks.stage import passing
+from tasks.running import labels
+from tasks.stage import NETWORK
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-NETWORK: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": passing}
 CHAMPION = "champion"
 EXPERIMENT = "enginehouse"
 SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
@@ -56,16 +58,52 @@ def default_uri() -> str:
     return f"sqlite:///{store.home() / 'mlflow.db'}"
 
 
+@dataclass(frozen=True)
+class Champion:
+    """The version that carries the alias, its engine, and the digest of the recipe that made it."""
+
+    version: Version
+    engine: Engine
+    recipe: str
+
+
 @task(name="find champion", persist_result=False, **NETWORK)
-def champion(model: str) -> tuple[str, Engine] | None:
-    """The champion's version and engine, its files checked against their digests; None without one."""
+def champion(model: str) -> Champion | None:
+    """The champion, its files checked against their digests; None without one."""
     mlflow = client()
     version = _aliased(mlflow, model, CHAMPION)
     if version is None:
         return None
     with store.staging() as folder:
         source = _download(f"models:/{model}/{version.version}", folder / "download")
-        return str(version.version), _engine(source, folder)
+        return Champion(
+            _version(version, model), _engine(source, folder), version.tags.get("recipe_sha256", "")
+        )
+
+
+def made_by(champion: Champion, recipe: Recipe, engine: Engine) -> bool:
+    """Whether the champion is this engine, from this very recipe, and passed its gate."""
+    passed = champion.version.gate == "passed"
+    return passed and same_engine(champion, engine) and champion.recipe == _recipe_digest(recipe)
+
+
+def same_engine(champion: Champion, engine: Engine) -> bool:
+    """Whether plan and weights are the champion's, byte for byte."""
+    return (champion.engine.plan.blob, champion.engine.weights) == (engine.plan.blob, engine.weights)
+
+
+def unmeasurable(champion: Champion, candidate: Engine) -> str | None:
+    """Why the champion cannot be measured beside the candidate here; None when it can."""
+    here, there = candidate.plan, champion.engine.plan
+    name = f"version {champion.version.version}"
+    if champion.version.gate != "passed":
+        return f"{name} carries the alias with gate={champion.version.gate}; remove the alias"
+    for what in ("runtime", "version", "device"):
+        if getattr(here, what) != getattr(there, what):
+            return f"{name} was made for {what} {getattr(there, what)}, here is {getattr(here, what)}"
+    if labels(champion.engine) != labels(candidate):
+        return f"{name} has other labels: {', '.join(labels(champion.engine))}"
+    return None
 
 
 @task(name="register", persist_result=False, **NETWORK)
@@ -89,6 +127,7 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
             "proved": attempt.engines["candidate"].proved,
             "runtime": attempt.engines["candidate"].plan.runtime,
             "recipe": attempt.recipe.name,
+            "recipe_sha256": _recipe_digest(attempt.recipe),
             "key": key,
         }
         # Last, and whole: a version is there with its gate tag, or it is not there.
@@ -98,10 +137,17 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
 
 
 @task(name="promote", persist_result=False, **NETWORK)
-def promote(version: Version) -> Version:
-    """Give the version the champion alias; only one that passed the gate may have it."""
+def promote(version: Version, judged_against: str | None) -> Version:
+    """Give the version the champion alias; it must have passed the gate, against today's champion."""
     assert version.gate == "passed", f"version {version.version} has gate={version.gate}"
     mlflow = client()
+    holder = _aliased(mlflow, version.model, CHAMPION)
+    now = str(holder.version) if holder else None
+    if now not in (judged_against, version.version):
+        raise InputError(
+            f"{version.model} version {version.version} passed against champion {judged_against}, and "
+            f"version {now} took the alias meanwhile; run again to be judged against it"
+        )
     mlflow.set_registered_model_alias(version.model, CHAMPION, version.version)
     return _version(mlflow.get_model_version(version.model, version.version), version.model)
 
@@ -113,6 +159,7 @@ class Judged:
     recipe: dict[str, Any]
     measurements: bytes
     verdict: bytes
+    metrics: dict[str, float]
 
 
 def judged(run_id: str) -> Judged:
@@ -120,9 +167,10 @@ def judged(run_id: str) -> Judged:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client()
     with tempfile.TemporaryDirectory() as scratch:
         try:
+            client()
+            numbers = json.loads(_manifest(run_id).read_text())["metrics"]
             gate = Path(
                 mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
             )
@@ -130,7 +178,7 @@ def judged(run_id: str) -> Judged:
             found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
         except (MlflowException, OSError) as error:
             raise InputError(f"run {run_id}: no verdict was logged here ({error})") from error
-    return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"])
+    return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"], numbers)
 
 
 def record_failure(recipe: dict[str, Any], error: BaseException) -> str:
@@ -170,7 +218,7 @@ def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
     import mlflow
 
     mlflow.log_params(_flat(attempt.recipe.model_dump(mode="json")))
-    mlflow.log_metrics(metrics(attempt))
+    mlflow.log_metrics(_flat(metrics(attempt)))
     mlflow.log_metrics(
         {f"seconds_{t.stage.replace(' ', '_')}_{k}": t.seconds for k, t in enumerate(attempt.timeline)}
     )
@@ -217,7 +265,7 @@ def _log_model(attempt: Attempt, scratch: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for an example; the signature says what goes in
         info = mlflow.pyfunc.log_model(
-            name=attempt.recipe.model.name,
+            name="engine",
             python_model=str(code / "serving.py"),
             artifacts={"engine": str(scratch / "engine")},
             code_paths=[str(code)],
@@ -315,6 +363,10 @@ def _known(mlflow: MlflowClient, model: str, key: str) -> ModelVersion | None:
     return mlflow.get_model_version(model, found[0].version) if found else None
 
 
+def _recipe_digest(recipe: Recipe) -> str:
+    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+
+
 def _key(attempt: Attempt, gate: str) -> str:
     engine = attempt.engines["candidate"]
     parts = [
@@ -351,5 +403,5 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{name}.")
         elif value is not None:
-            flat[f"{prefix}{name}"] = value
+            flat[re.sub(r"[^\w./ -]", "_", f"{prefix}{name}")] = value
     return flat

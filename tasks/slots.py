@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,7 +43,8 @@ def on_gpu(fn: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if tensorrt_api.gpu() is None:
             return fn(*args, **kwargs)
-        with slot("gpu-0"):
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        with slot(f"gpu-{first}"):
             return fn(*args, **kwargs)
 
     return run

@@ -25,6 +25,7 @@ def sparsify(checkpoint: Checkpoint, dataset: Dataset, section: Sparsify) -> Che
     model, config = checkpoints.restore(checkpoint)
     model.to(checkpoints.device())
     looked_at = _prunable(model)
+    checkpoints.excluded(looked_at, section.exclude, "sparsify.exclude")
     _prune(model, section, batches.forward_loop(dataset, batches.preprocessor(checkpoint), 16, "sparsify"))
     counts = checkpoints.sparsity(model)
     if not counts:

@@ -24,8 +24,7 @@ import prefect
 from prefect.cache_policies import CacheKeyFnPolicy
 
 from tasks import slots, store
-from tasks.artifacts import Blob, Checkpoint
-from tasks.errors import InputError
+from tasks.artifacts import Blob, Checkpoint, Engine
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,9 +82,16 @@ def stage(
 
 
 def passing(_task: Any, _run: Any, state: Any) -> bool:
-    """Whether a failure may pass by itself: a connection or a locked database, never the user's input."""
+    """Whether a failure may pass by itself: a lost connection, a slow service, a locked database."""
     error = state.result(raise_on_failure=False)
-    return not isinstance(error, (InputError, AssertionError))
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(
+        names & {"ConnectionError", "TimeoutError", "OperationalError", "RestException", "HfHubHTTPError"}
+    )
+
+
+NETWORK: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 5, "retry_condition_fn": passing}
+"""Options of a stage that talks to a service."""
 
 
 def say(line: str) -> None:
@@ -107,14 +113,15 @@ def cache_key(fn: Callable[..., Any], uses: tuple[str, ...], inputs: dict[str, A
 @functools.cache
 def source_digest(file: Path) -> str:
     """Digest of a module's source and of every `tasks` and `recipes` module it imports, however deep."""
-    seen: set[Path] = set()
+    machinery = Path(__file__).resolve()  # how a stage is kept says nothing of what it computes
+    seen: set[Path] = {machinery}
     waiting = [file.resolve()]
     while waiting:
         current = waiting.pop()
         if current not in seen:
             seen.add(current)
             waiting += _imports(current)
-    seen.discard(Path(__file__).resolve())
+    seen.discard(machinery)
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(seen))).hexdigest()
 
 
@@ -125,14 +132,24 @@ def _imports(file: Path) -> list[Path]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    ours = [name for name in names if name.split(".")[0] in ("tasks", "recipes")]
-    return [found for name in ours if (found := _ROOT / (name.replace(".", "/") + ".py")).is_file()]
+    return [found for name in names if name.split(".")[0] in ("tasks", "recipes") for found in _files(name)]
+
+
+def _files(name: str) -> list[Path]:
+    """A module's file; all files of a package, whose modules are chosen at run time."""
+    place = _ROOT / name.replace(".", "/")
+    if place.with_suffix(".py").is_file():
+        return [place.with_suffix(".py")]
+    return sorted(place.rglob("*.py")) if place.is_dir() and "." in name else []
 
 
 def _identity(value: Any) -> Any:
     """JSON that is equal when the value's content is: an artifact's digest, a section's values."""
     if isinstance(value, Checkpoint):
         return value.identity
+    if isinstance(value, Engine):  # without the seconds that its build took
+        parts = (value.plan.blob, value.weights, value.preprocessor, value.format, value.proved)
+        return [_identity(part) for part in parts] + [value.facts.get("proof")]
     if isinstance(value, Blob):
         return value.sha256
     if is_dataclass(value) and not isinstance(value, type):

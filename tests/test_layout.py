@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,22 @@ def test_no_package_shadows_an_installed_one() -> None:
 
 
 def test_every_recipe_starts_with_its_command_and_stands_in_the_catalog() -> None:
-    catalog = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    catalog = set(re.findall(r"^\| `([\w.-]+)` \|", readme, re.MULTILINE))
+    assert catalog == {file.stem for file in (ROOT / "recipes").glob("*.yaml")}
     for file in (ROOT / "recipes").glob("*.yaml"):
         assert file.read_text().startswith(f"# python -m flows optimize {file.stem}\n"), file
-        assert f"`{file.stem}`" in catalog, f"README's catalog lacks {file.stem}"
 
 
 def test_the_file_tree_in_the_readme_is_the_tree() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for file in modules():
-        if file.name != "__init__.py":
-            assert file.name in readme, f"README's tree lacks {file.relative_to(ROOT)}"
+    tree = (ROOT / "README.md").read_text().split("## How it works")[1].split("```")[1]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    assert named == {file.name for file in modules() if file.name != "__init__.py"}
+
+
+def test_links_in_the_documentation_resolve_and_nothing_is_left_to_fill_in() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        text = page.read_text()
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert not re.findall(r"\b(?:TODO|FIXME|[A-Z]+_(?:OUTPUT|WHY|TREE)|SECONDS)\b", text), page

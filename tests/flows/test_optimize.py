@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tasks import registry, store
+from tasks.errors import InputError
 
 if TYPE_CHECKING:
     from flows.optimize import Outcome
@@ -90,9 +91,11 @@ def test_a_second_run_reuses_every_stage_and_registers_nothing_new(
     digits: Outcome, optimize: Optimize
 ) -> None:
     again = optimize(QUICK)
+    assert again.attempt.timeline
     assert all(timing.reused for timing in again.attempt.timeline), again.attempt.timeline
-    assert len(again.attempt.timeline) == len(digits.attempt.timeline)
-    assert again.version == digits.version
+    assert (again.verdict, again.version) == ("promoted", digits.version)
+    assert again.metrics == pytest.approx(digits.metrics)
+    assert again.attempt.verdict == digits.attempt.verdict
 
 
 def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: Optimize) -> None:
@@ -115,7 +118,7 @@ def test_a_refused_candidate_is_logged_and_gets_no_alias(digits: Outcome, optimi
     found = registry.client().get_model_version_by_alias("digits-cnn", "champion")
     assert str(found.version) == digits.version.version
     with pytest.raises(AssertionError, match="gate=refused"):
-        registry.promote.fn(refused.version)
+        registry.promote.fn(refused.version, digits.version.version)
 
 
 def test_a_champion_is_measured_beside_the_next_candidate(digits: Outcome, optimize: Optimize) -> None:
@@ -123,7 +126,20 @@ def test_a_champion_is_measured_beside_the_next_candidate(digits: Outcome, optim
     assert better.attempt.engines["champion"] == digits.attempt.engines["candidate"]
     assert "champion_accuracy" in better.metrics
     assert {rule.name for rule in better.attempt.verdict.rules if "champion" in rule.sentence}  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="took the alias meanwhile"):
+        registry.promote.fn(digits.version, None)
     registry.client().set_registered_model_alias("digits-cnn", "champion", digits.version.version)
+
+
+def test_a_champion_that_cannot_be_measured_is_not_passed_over(digits: Outcome, optimize: Optimize) -> None:
+    """Here: an alias on a version that did not pass. The rule says so and follows `on_missing`."""
+    refused = optimize(QUICK, "gate.max_size_ratio=0.01", "model.name=digits-odd")
+    registry.client().set_registered_model_alias("digits-odd", "champion", refused.version.version)
+    stopped = optimize(QUICK, "model.name=digits-odd")
+    assert stopped.verdict == "refused"
+    assert any("carries the alias with gate=refused" in reason for reason in stopped.reasons)
+    allowed = optimize(QUICK, "model.name=digits-odd", "gate.on_missing=pass")
+    assert allowed.verdict == "promoted"
 
 
 def test_an_engine_that_cannot_run_here_is_built_and_waits(digits: Outcome, optimize: Optimize) -> None:
@@ -150,8 +166,6 @@ def test_a_damaged_artifact_is_made_again(digits: Outcome, optimize: Optimize) -
 def test_a_stacked_text_recipe_is_promoted_and_answers(tiny_recipe: Path, optimize: Optimize) -> None:
     """2:4, INT8 with embeddings and QAT; then texts in, labels and scores out, bad inputs named."""
     import mlflow
-
-    from tasks.errors import InputError
 
     outcome = optimize(str(tiny_recipe))
     assert outcome.verdict == "promoted", outcome.reasons

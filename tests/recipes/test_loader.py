@@ -38,6 +38,9 @@ def test_a_recipe_is_frozen() -> None:
         ("benchmark.batch_sizes=[128]", ["beyond build.max_batch"]),
         ("finetune=null", ["starts from random weights"]),
         ("gate={}", ["no rule is set"]),
+        ("gate={max_size_ratio: 0.5}", ["nothing holds the quality"]),
+        ("quantize=null", ["nothing is pruned or quantized"]),
+        ("finetune.epochs=.inf", ["finetune.epochs", "finite"]),
         ("task=text-clasification", ["did you mean text-classification?"]),
     ],
 )
@@ -67,6 +70,17 @@ def test_overrides_are_yaml_values() -> None:
 def test_an_override_that_cannot_be_read_is_an_error(override: str) -> None:
     with pytest.raises(RecipeError, match="--set|not valid"):
         recipes.load(QUICK, [override])
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = (recipes.loader.FOLDER / f"{QUICK}.yaml").read_text()
+    text = text.replace("finetune: {", "finetune: &train {") + "qat:\n  <<: *train\n  epochs: 1\n"
+    file.write_text(text)
+    recipe = recipes.load(str(file))
+    assert recipe.qat is not None
+    assert recipe.finetune is not None
+    assert (recipe.qat.epochs, recipe.qat.batch_size) == (1, recipe.finetune.batch_size)
 
 
 def test_no_such_recipe_names_the_nearest() -> None:

@@ -45,6 +45,20 @@ def test_rows_are_split_once_and_disjoint(fresh_home: Path, tmp_path: Path) -> N
     assert loaded(data) == dataset
 
 
+def test_more_data_moves_no_trained_row_into_test(fresh_home: Path, tmp_path: Path) -> None:
+    before = loaded(section(table(tmp_path, ROWS)))
+    trained = set(load.rows(before, "train")["text"])
+    after = loaded(section(table(tmp_path, [f"a new one {k},good" for k in range(25)] + ROWS)))
+    assert not trained & set(load.rows(after, "test")["text"])
+
+
+def test_further_columns_are_kept_for_the_gate(fresh_home: Path, tmp_path: Path) -> None:
+    rows = [f"{row},{'en' if k % 2 else 'de'}" for k, row in enumerate(ROWS)]
+    dataset = loaded(section(table(tmp_path, rows, "text,label,language"), keep=("language",)))
+    assert set(load.rows(dataset, "test")["language"]) == {"en", "de"}
+    assert set(load.rows(dataset, "test")["file"]) == {"rows"}
+
+
 def test_labels_from_numbers_leave_out_what_is_near_the_cut(fresh_home: Path, tmp_path: Path) -> None:
     rows = [f"sentence {k},{k - 20}" for k in range(41)]
     rule = {"column": "rating", "cut": 0, "margin": 5}
@@ -95,6 +109,9 @@ def test_images_with_nan_or_the_wrong_size_are_named(fresh_home: Path, tmp_path:
     with pytest.raises(InputError, match="NaN or infinity.*row 41"):
         bad = table(tmp_path, [*rows, "1,2,nan,4,good"], "a,b,c,d,label")
         loaded(section(bad, **image), "image-classification")
+    with pytest.raises(InputError, match="label column 'label' is among the first 5 columns"):
+        five = section(table(tmp_path, rows, "a,b,c,d,label"), image={"shape": (1, 1, 5)}, text=None)
+        loaded(five, "image-classification")
     with pytest.raises(InputError, match="needs 12 columns, there are 5"):
         large = section(table(tmp_path, rows, "a,b,c,d,label"), image={"shape": (3, 2, 2)}, text=None)
         loaded(large, "image-classification")

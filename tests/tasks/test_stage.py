@@ -22,7 +22,7 @@ def key(value: object) -> str:
 def test_a_key_follows_content_and_nothing_else() -> None:
     blob, other = Blob("a" * 64, 3), Blob("b" * 64, 3)
     assert key(blob) == key(Blob("a" * 64, 3)) != key(other)
-    assert key(Benchmark()) == key(Benchmark(rounds=20)) != key(Benchmark(rounds=21))
+    assert key(Benchmark()) == key(Benchmark(rounds=30)) != key(Benchmark(rounds=21))
     assert key({"x": blob}) != key({"y": blob})
     plan = Plan(blob, "g", "onnxruntime", "1", "cpu")
     assert key(Engine(plan, None, blob, "int8", "built")) != key(Engine(plan, other, blob, "int8", "built"))
@@ -43,7 +43,30 @@ def test_a_key_follows_the_versions_of_libraries(monkeypatch: pytest.MonkeyPatch
 def test_a_key_follows_the_source_of_what_a_stage_imports() -> None:
     root = Path(stages.__file__).parent
     assert root / "checkpoints.py" in stages._imports(root / "calibrate.py")
+    assert root / "engines" / "lowering" / "gemm.py" in _reached(root / "build.py")
+    assert root / "types" / "text_classification.py" in _reached(root / "evaluate.py")
+    assert root / "stage.py" not in _reached(root / "gate.py")
     assert source_digest(root / "gate.py") != source_digest(root / "calibrate.py")
+
+
+def _reached(file: Path) -> set[Path]:
+    seen: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen and current.name != "stage.py":
+            seen.add(current)
+            waiting += stages._imports(current)
+    return seen
+
+
+def test_the_seconds_of_a_build_are_not_part_of_an_engine() -> None:
+    blob = Blob("a" * 64, 3)
+    plan = Plan(blob, "g", "onnxruntime", "1", "cpu")
+    slow, quick = (Engine(plan, None, blob, "int8", "executed", {"build_seconds": k}) for k in (1, 2))
+    assert key(slow) == key(quick)
+    proved = Engine(plan, None, blob, "int8", "executed", {"proof": {"quantized_share": 0.9}})
+    assert key(proved) != key(slow)
 
 
 def test_a_kept_result_serves_until_its_artifact_is_damaged() -> None:
