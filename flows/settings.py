@@ -19,6 +19,8 @@ def apply() -> None:
         # An error is told once, in words, by the command; a worker sets its own level before this.
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "DO_NOT_TRACK": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -6,7 +6,6 @@ MLflow runs this file when it loads a version (models from code): no pickle, no 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ from mlflow.pyfunc.model import PythonModel
 from tasks import types
 from tasks.engines import open_engine
 from tasks.errors import InputError
-
-# MLflow asks for type hints on `predict`; the signature logged with each version says more.
-warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
 
 
 class EngineModel(PythonModel):
@@ -38,8 +34,8 @@ class EngineModel(PythonModel):
             manifest["plan"]["runtime"], folder / "plan", weights if weights.is_dir() else None
         )
 
-    # Without annotations: MLflow would read a type hint here as a schema of its own, and warn.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    # MLflow warns without a hint, and takes any but an array's for a schema of its own.
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> list[dict[str, Any]]:
         """One `{"label", "score"}` per input; a bad input is named by its place."""
         values = _values(model_input)
         kind = types.load(self.settings["type"])
