@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import registry, store
+from tasks import registry_engine, store
 
 if TYPE_CHECKING:
     from flows.optimize import Outcome
@@ -75,8 +75,8 @@ def _engines(outcome: Outcome) -> list[str]:
 
 
 def _mlflow() -> str:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", registry.default_uri())
-    if uri != registry.default_uri():
+    uri = os.environ.get("MLFLOW_TRACKING_URI", registry_engine.default_uri())
+    if uri != registry_engine.default_uri():
         return uri
     artifacts = (store.home() / "mlartifacts").as_uri()
     command = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_command('mlflow')} server -w 1"

@@ -1,4 +1,4 @@
-"""The registry: the only file that talks to MLflow. Runs, registered versions, aliases, champions.
+"""The registry: runs, versions, aliases, champions. With registry_engine all that talks to MLflow.
 
 python -m flows optimize RECIPE     (stages `find champion`, `register` and `promote`)
 """
@@ -9,11 +9,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +19,11 @@ from prefect import task
 
 from recipes.schema import Recipe
 from tasks import store
-from tasks.artifacts import Blob, Engine, Plan, Proved, Version
+from tasks.artifacts import Engine, Version
 from tasks.errors import InputError
-from tasks.manifest import Attempt, manifest, metrics, versions
+from tasks.manifest import Attempt, manifest, metrics
 from tasks.measurements import measurements_from_json
+from tasks.registry_engine import default_uri, fetch, log_model, pack, plan_address, run, unpack
 from tasks.report import report
 from tasks.running import labels
 from tasks.stage import NETWORK
@@ -36,9 +33,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
-EXPERIMENT = "enginehouse"
-SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
-SERVING_LIBRARIES = ("mlflow", "numpy", "onnx", "onnxruntime", "tokenizers", "pandas", "ml_dtypes")
 
 
 def client() -> MlflowClient:
@@ -51,11 +45,6 @@ def client() -> MlflowClient:
         uri = default_uri()
     mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient()
-
-
-def default_uri() -> str:
-    """SQLite below the state folder."""
-    return f"sqlite:///{store.home() / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)
@@ -75,9 +64,9 @@ def champion(model: str) -> Champion | None:
     if version is None:
         return None
     with store.staging() as folder:
-        source = _download(f"models:/{model}/{version.version}", folder / "download")
+        source = fetch(f"models:/{model}/{version.version}", folder / "download")
         return Champion(
-            _version(version, model), _engine(source, folder), version.tags.get("recipe_sha256", "")
+            _version(version, model), unpack(source, folder), version.tags.get("recipe_sha256", "")
         )
 
 
@@ -118,10 +107,10 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
     known = _known(mlflow, model, key)
     if known is not None:
         return _version(known, model)
-    content = manifest(attempt)
-    with _run(attempt.recipe.name) as run, tempfile.TemporaryDirectory() as scratch:
+    content, address = manifest(attempt), plan_address(attempt.engines["candidate"])
+    with run(attempt.recipe.name) as made, tempfile.TemporaryDirectory() as scratch:
         _log(attempt, content, Path(scratch))
-        uri = _log_model(attempt, Path(scratch))
+        uri = log_model(attempt, Path(scratch), address)
         tags = {
             "gate": gate,
             "proved": attempt.engines["candidate"].proved,
@@ -131,8 +120,8 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
             "key": key,
         }
         # Last, and whole: a version is there with its gate tag, or it is not there.
-        registered = _create_version(mlflow, model, uri, run.info.run_id, tags, reason)
-        mlflow.set_tag(run.info.run_id, "gate", gate)
+        registered = _create_version(mlflow, model, uri, made.info.run_id, tags, reason)
+        mlflow.set_tag(made.info.run_id, "gate", gate)
     return _version(mlflow.get_model_version(model, registered.version), model)
 
 
@@ -186,32 +175,11 @@ def record_failure(recipe: dict[str, Any], error: BaseException) -> str:
     import mlflow
 
     client()
-    with _run(str(recipe.get("name")), status="FAILED") as run:
+    with run(str(recipe.get("name")), status="FAILED") as made:
         mlflow.log_text(yaml.safe_dump(recipe, sort_keys=False), "recipe.yaml")
         mlflow.log_text(f"{type(error).__name__}: {error}\n", "error.txt")
         mlflow.set_tags({"recipe": recipe.get("name"), "error": str(error)[:4000]})
-    return str(run.info.run_id)
-
-
-@contextmanager
-def _run(name: str, status: str = "FINISHED") -> Iterator[Any]:
-    import mlflow
-
-    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        local = mlflow.get_tracking_uri() == default_uri()
-        place = (store.home() / "mlartifacts").as_uri() if local else None
-        identity = mlflow.create_experiment(EXPERIMENT, artifact_location=place)
-    else:
-        identity = experiment.experiment_id
-    mlflow.start_run(experiment_id=identity, run_name=name)
-    run = mlflow.active_run()
-    try:
-        yield run
-    except BaseException:
-        mlflow.end_run("FAILED")
-        raise
-    mlflow.end_run(status)
+    return str(made.info.run_id)
 
 
 def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
@@ -236,7 +204,7 @@ def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
         mlflow.log_artifacts(str(store.path(model.blob)), f"onnx/{name}")
     for name, engine in attempt.engines.items():
         if name != "candidate":
-            _pack(engine, attempt.recipe.build.max_batch, scratch / name)
+            pack(engine, attempt.recipe.build.max_batch, scratch / name)
             mlflow.log_artifacts(str(scratch / name), f"engines/{name}")
 
 
@@ -245,93 +213,6 @@ def _report(attempt: Attempt, judged: Path, folder: Path) -> None:
     folder.mkdir()
     found = measurements_from_json((judged / "measurements.json").read_bytes())
     report(attempt.verdict, found, attempt.recipe.gate, folder, attempt.recipe.name)
-
-
-def _log_model(attempt: Attempt, scratch: Path) -> str:
-    """The candidate as an MLflow model from code; returns its `models:/m-…` address."""
-    import mlflow
-
-    source = Path(__file__).resolve().parent
-    code = scratch / "tasks"
-    for name in SERVED:
-        place = code / name
-        if (source / name).is_dir():
-            shutil.copytree(source / name, place, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            place.parent.mkdir(exist_ok=True)
-            shutil.copy(source / name, place)
-    _pack(attempt.engines["candidate"], attempt.recipe.build.max_batch, scratch / "engine")
-    installed = versions(SERVING_LIBRARIES)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for an example; the signature says what goes in
-        info = mlflow.pyfunc.log_model(
-            name="engine",
-            python_model=str(code / "serving.py"),
-            artifacts={"engine": str(scratch / "engine")},
-            code_paths=[str(code)],
-            signature=_signature(attempt),
-            pip_requirements=[f"{name}=={number}" for name, number in installed.items()],
-        )
-    return str(info.model_uri)
-
-
-def _signature(attempt: Attempt) -> Any:
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
-
-    outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
-    if attempt.recipe.data.image is None:
-        return ModelSignature(Schema([ColSpec(DataType.string)]), outputs)
-    shape = (-1, *attempt.recipe.data.image.shape)
-    return ModelSignature(Schema([TensorSpec(np.dtype(np.float32), shape)]), outputs)
-
-
-def _pack(engine: Engine, max_batch: int, folder: Path) -> None:
-    """Lay plan, weights, preprocessor and `engine.json` out in one folder."""
-    for name, blob in (
-        ("plan", engine.plan.blob),
-        ("weights", engine.weights),
-        ("preprocessor", engine.preprocessor),
-    ):
-        if blob is not None:
-            shutil.copytree(store.path(blob), folder / name)
-    (folder / "engine.json").write_text(json.dumps(asdict(engine) | {"max_batch": max_batch}))
-
-
-def _engine(source: Path, folder: Path) -> Engine:
-    """The engine in a downloaded model folder, brought into the store; raises InputError when altered."""
-    packed = source / "artifacts" / "engine"
-    content = json.loads((packed / "engine.json").read_text())
-    blobs = {
-        "plan": content["plan"]["blob"],
-        "weights": content["weights"],
-        "preprocessor": content["preprocessor"],
-    }
-    for name, blob in blobs.items():
-        if blob is None:
-            continue
-        shutil.copytree(packed / name, folder / name)
-        if store.commit(folder / name).sha256 != blob["sha256"]:
-            raise InputError(
-                f"the champion's {name} in the registry is not what its digest says; roll back or rebuild"
-            )
-    proved: Proved = content["proved"]
-    return Engine(
-        plan=Plan(**{**content["plan"], "blob": Blob(**blobs["plan"])}),
-        weights=Blob(**blobs["weights"]) if blobs["weights"] else None,
-        preprocessor=Blob(**blobs["preprocessor"]),
-        format=content["format"],
-        proved=proved,
-        facts=content["facts"],
-    )
-
-
-def _download(uri: str, folder: Path) -> Path:
-    import mlflow
-
-    folder.mkdir()
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
 
 
 def _create_version(

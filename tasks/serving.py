@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
@@ -30,9 +31,8 @@ class EngineModel(PythonModel):
         self.preprocessor = folder / "preprocessor"
         self.settings = types.settings(self.preprocessor)
         self.largest_batch = int(manifest["max_batch"])
-        self.session = open_engine(
-            manifest["plan"]["runtime"], folder / "plan", weights if weights.is_dir() else None
-        )
+        plan = _plan(folder, manifest["plan_address"])
+        self.session = open_engine(manifest["plan"]["runtime"], plan, weights if weights.is_dir() else None)
 
     # MLflow warns without a hint, and takes any but an array's for a schema of its own.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> list[dict[str, Any]]:
@@ -51,6 +51,19 @@ class EngineModel(PythonModel):
             (logits,) = self.session.run(batch).values()
             found += types.decode(np.asarray(logits), self.settings["labels"])
         return found
+
+
+def _plan(folder: Path, address: str | None) -> Path:
+    """The plan in the version, or the shared one it refers to; opening checks that the weights are of it."""
+    if address is None:
+        return folder / "plan"
+    try:
+        return Path(mlflow.artifacts.download_artifacts(address))
+    except mlflow.MlflowException as error:
+        where = mlflow.get_tracking_uri()
+        raise InputError(
+            f"this version's plan {address} is not at {where}; set MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def _values(model_input: Any) -> Sequence[Any]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tasks import registry, store
+from tasks import registry, registry_engine, store
 from tasks.errors import InputError
+from tasks.measurements import verdict_bytes
 
 if TYPE_CHECKING:
     from flows.optimize import Outcome
@@ -95,7 +96,9 @@ def test_a_second_run_reuses_every_stage_and_registers_nothing_new(
     assert all(timing.reused for timing in again.attempt.timeline), again.attempt.timeline
     assert (again.verdict, again.version) == ("promoted", digits.version)
     assert again.metrics == pytest.approx(digits.metrics)
-    assert again.attempt.verdict == digits.attempt.verdict
+    assert again.attempt.verdict is not None
+    assert digits.attempt.verdict is not None
+    assert verdict_bytes(again.attempt.verdict) == verdict_bytes(digits.attempt.verdict)
 
 
 def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: Optimize) -> None:
@@ -125,10 +128,24 @@ def test_a_champion_is_measured_beside_the_next_candidate(digits: Outcome, optim
     better = optimize(QUICK, "finetune.seed=1", "model.name=digits-cnn")
     assert better.attempt.engines["champion"] == digits.attempt.engines["candidate"]
     assert "champion_accuracy" in better.metrics
+    assert better.attempt.engines["candidate"].plan == digits.attempt.engines["candidate"].plan
+    assert better.attempt.engines["candidate"].weights != digits.attempt.engines["candidate"].weights
+    assert _plan_of(better) == _plan_of(digits)
     assert {rule.name for rule in better.attempt.verdict.rules if "champion" in rule.sentence}  # type: ignore[union-attr]
     with pytest.raises(InputError, match="took the alias meanwhile"):
         registry.promote.fn(digits.version, None)
     registry.client().set_registered_model_alias("digits-cnn", "champion", digits.version.version)
+
+
+def _plan_of(outcome: Outcome) -> str:
+    """The address that a registered version refers to; it must not hold a plan itself."""
+    from mlflow.artifacts import download_artifacts
+
+    registry.client()
+    folder = Path(download_artifacts(f"models:/{outcome.version.model}/{outcome.version.version}"))
+    assert not (folder / "artifacts" / "engine" / "plan").exists()
+    assert (folder / "artifacts" / "engine" / "weights").is_dir()
+    return str(json.loads((folder / "artifacts" / "engine" / "engine.json").read_text())["plan_address"])
 
 
 def test_a_champion_that_cannot_be_measured_is_not_passed_over(digits: Outcome, optimize: Optimize) -> None:
@@ -196,7 +213,7 @@ def test_mlflow_serves_the_champion(digits: Outcome) -> None:
     command = ["mlflow", "models", "serve", "-m", "models:/digits-cnn@champion", "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = os.environ | {
-        "MLFLOW_TRACKING_URI": registry.default_uri(),
+        "MLFLOW_TRACKING_URI": registry_engine.default_uri(),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     address = f"http://127.0.0.1:{port}"
@@ -229,7 +246,7 @@ def test_serving_needs_neither_torch_nor_modelopt_and_unpickles_nothing(digits: 
     code = f"""
 import sys, json, pickle, numpy, mlflow
 def refuse(*a, **k): raise RuntimeError("unpickled")
-mlflow.set_tracking_uri({registry.default_uri()!r})
+mlflow.set_tracking_uri({registry_engine.default_uri()!r})
 pickle.load = pickle.loads = pickle.Unpickler = refuse
 model = mlflow.pyfunc.load_model("models:/digits-cnn@champion")
 found = model.predict(numpy.zeros((3, 1, 8, 8), numpy.float32))

@@ -1,0 +1,171 @@
+"""Engines in MLflow: versions from code, and plans that many versions share, kept once by content.
+
+A version holds weights, preprocessor and a reference to its plan: a retrain of the same graph adds no plan.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tasks import store
+from tasks.artifacts import Blob, Engine, Plan, Proved
+from tasks.errors import InputError
+from tasks.manifest import Attempt, versions
+
+EXPERIMENT = "enginehouse"
+PLANS = "enginehouse-plans"
+SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
+SERVING_LIBRARIES = ("mlflow", "numpy", "onnx", "onnxruntime", "tokenizers", "pandas", "ml_dtypes")
+
+
+def default_uri() -> str:
+    """SQLite below the state folder."""
+    return f"sqlite:///{store.home() / 'mlflow.db'}"
+
+
+@contextmanager
+def run(name: str, status: str = "FINISHED", experiment: str = EXPERIMENT) -> Iterator[Any]:
+    """An MLflow run of this name; it ends as FAILED when the block raises."""
+    import mlflow
+
+    mlflow.start_run(experiment_id=_experiment(experiment), run_name=name)
+    try:
+        yield mlflow.active_run()
+    except BaseException:
+        mlflow.end_run("FAILED")
+        raise
+    mlflow.end_run(status)
+
+
+def _experiment(name: str) -> str:
+    import mlflow
+
+    found = mlflow.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    local = mlflow.get_tracking_uri() == default_uri()
+    place = (store.home() / "mlartifacts").as_uri() if local else None
+    return str(mlflow.create_experiment(name, artifact_location=place))
+
+
+def plan_address(engine: Engine) -> str | None:
+    """Where MLflow keeps the engine's plan: logged once, whoever uses it; None where it holds the weights."""
+    import mlflow
+
+    if engine.weights is None:
+        return None
+    plan, experiment = engine.plan, _experiment(PLANS)
+    known = mlflow.search_runs(
+        [experiment], filter_string=f"tags.plan = '{plan.blob.sha256}'", max_results=1, output_format="list"
+    )
+    if known:
+        return f"runs:/{known[0].info.run_id}/plan"
+    with run(f"plan {plan.graph[:12]}", experiment=PLANS) as made:
+        mlflow.log_artifacts(str(store.path(plan.blob)), "plan")
+        # The digest's tag comes last: a plan that is found is whole.
+        mlflow.set_tags(
+            {"graph": plan.graph, "runtime": plan.runtime, "version": plan.version, "device": plan.device}
+        )
+        mlflow.set_tag("plan", plan.blob.sha256)
+    return f"runs:/{made.info.run_id}/plan"
+
+
+def log_model(attempt: Attempt, scratch: Path, address: str | None) -> str:
+    """The candidate as an MLflow model from code; returns its `models:/m-…` address."""
+    import mlflow
+
+    source = Path(__file__).resolve().parent
+    code = scratch / "tasks"
+    for name in SERVED:
+        place = code / name
+        if (source / name).is_dir():
+            shutil.copytree(source / name, place, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(source / name, place)
+    pack(attempt.engines["candidate"], attempt.recipe.build.max_batch, scratch / "engine", address)
+    installed = versions(SERVING_LIBRARIES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for an example; the signature says what goes in
+        info = mlflow.pyfunc.log_model(
+            name="engine",
+            python_model=str(code / "serving.py"),
+            artifacts={"engine": str(scratch / "engine")},
+            code_paths=[str(code)],
+            signature=_signature(attempt),
+            pip_requirements=[f"{name}=={number}" for name, number in installed.items()],
+        )
+    return str(info.model_uri)
+
+
+def _signature(attempt: Attempt) -> Any:
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
+    if attempt.recipe.data.image is None:
+        return ModelSignature(Schema([ColSpec(DataType.string)]), outputs)
+    shape = (-1, *attempt.recipe.data.image.shape)
+    return ModelSignature(Schema([TensorSpec(np.dtype(np.float32), shape)]), outputs)
+
+
+def pack(engine: Engine, max_batch: int, folder: Path, address: str | None = None) -> None:
+    """Lay plan (unless it lies at `address`), weights, preprocessor and `engine.json` out in one folder."""
+    folder.mkdir(parents=True)
+    parts = {"weights": engine.weights, "preprocessor": engine.preprocessor}
+    if address is None:
+        parts["plan"] = engine.plan.blob
+    for name, blob in parts.items():
+        if blob is not None:
+            shutil.copytree(store.path(blob), folder / name)
+    content = asdict(engine) | {"max_batch": max_batch, "plan_address": address}
+    (folder / "engine.json").write_text(json.dumps(content))
+
+
+def unpack(source: Path, folder: Path) -> Engine:
+    """The engine in a downloaded model folder, brought into the store; raises InputError when altered."""
+    packed = source / "artifacts" / "engine"
+    content = json.loads((packed / "engine.json").read_text())
+    blobs = {
+        "plan": content["plan"]["blob"],
+        "weights": content["weights"],
+        "preprocessor": content["preprocessor"],
+    }
+    for name, blob in blobs.items():
+        if blob is None:
+            continue
+        if name == "plan" and content["plan_address"]:
+            fetch(content["plan_address"], folder / "plan")
+        else:
+            shutil.copytree(packed / name, folder / name)
+        if store.commit(folder / name).sha256 != blob["sha256"]:
+            raise InputError(
+                f"the champion's {name} in the registry is not what its digest says; roll back or rebuild"
+            )
+    proved: Proved = content["proved"]
+    return Engine(
+        plan=Plan(**{**content["plan"], "blob": Blob(**blobs["plan"])}),
+        weights=Blob(**blobs["weights"]) if blobs["weights"] else None,
+        preprocessor=Blob(**blobs["preprocessor"]),
+        format=content["format"],
+        proved=proved,
+        facts=content["facts"],
+    )
+
+
+def fetch(uri: str, folder: Path) -> Path:
+    """Everything at an MLflow address, copied into `folder`."""
+    import mlflow
+
+    with store.staging() as scratch:
+        found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch)))
+        shutil.copytree(found, folder)
+    return folder
