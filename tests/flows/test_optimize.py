@@ -43,6 +43,9 @@ def test_a_good_engine_is_promoted_with_everything_that_shows_why(digits: Outcom
     assert manifest == json.loads(Path(digits.version.manifest).read_text())
     assert manifest["engines"]["candidate"]["proved"] == "executed"
     assert manifest["quantizers"]["weights"] == 5
+    assert manifest["engines"]["candidate"]["facts"]["proof"]["quantized_share"] > 0.9
+    assert digits.attempt.verdict is not None
+    assert "quantized_share" in {rule.name for rule in digits.attempt.verdict.rules}
     assert manifest["data"]["rows"] == {"train": 1000, "calibration": 128, "test": 797}
     assert {"commit", "dirty"} <= set(manifest["code"])
     assert manifest["versions"]["onnxruntime"]
