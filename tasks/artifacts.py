@@ -35,8 +35,8 @@ class Dataset:
 class Checkpoint:
     """Config, `model.safetensors`, `preprocessor/`, and `modelopt_state.pth` once pruned or quantized.
 
-    `identity` is the digest of config and weights alone: ModelOpt's state file holds the same
-    information in every process but not the same bytes, so cache keys are made from `identity`.
+    `identity` is the digest of all but ModelOpt's state file, which holds the same information in every
+    process but not the same bytes: cache keys are made from `identity`.
     """
 
     blob: Blob
@@ -84,7 +84,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Numbers measured on an engine, and the per-example values behind them (`scores.npz`)."""
+    """Numbers measured on an engine, and the per-example values behind them (a file in the blob)."""
 
     values: dict[str, float]
     blob: Blob | None = None

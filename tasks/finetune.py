@@ -1,6 +1,6 @@
 """Fine-tune with the Hugging Face Trainer: the FP32 baseline, and again with mask and quantizers on (QAT).
 
-python -m flows optimize RECIPE     (stages `fine-tune` and `fine-tune again`)
+python -m flows optimize RECIPE     (stage `fine-tune`, up to twice)
 """
 
 from __future__ import annotations

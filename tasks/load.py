@@ -78,7 +78,7 @@ def locate(source: str) -> Path:
 @stage(uses=("datasets", "pyarrow"), name="load data", timeout_seconds=3600, **NETWORK)
 def load_data(data: Data, task: str, content: str) -> Dataset:
     """Read, check, label, deduplicate and split the rows; `content` is the source's fingerprint."""
-    table, files = _read(data)
+    table, files = _read(data, content)
     column = types.load(task).COLUMN
     values = _texts(table, data) if column == "text" else _images(table, data)
     labels, kept = _labels(table, data)
@@ -121,11 +121,11 @@ def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> 
             module, config = checkpoints.from_function(model.source.partition(":")[2], len(data.labels), seed)
             config["source_sha256"] = content  # another network may have the same tensors
         else:
-            module, config = checkpoints.from_pretrained(_weights(model), len(data.labels), seed)
+            module, config = checkpoints.from_pretrained(_weights(model, content), len(data.labels), seed)
         settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
         if task == "text-classification":
             settings["max_length"] = data.max_length
-            _tokenizer(_weights(model), folder / "preprocessor")
+            _tokenizer(_weights(model, content), folder / "preprocessor")
         elif data.image is not None:
             settings |= {"shape": list(data.image.shape), "scale": data.image.scale}
         (folder / "preprocessor").mkdir(exist_ok=True)
@@ -165,12 +165,12 @@ def _fits(module: nn.Module, task: str, preprocessor: Path, settings: dict[str, 
         )
 
 
-def _weights(model: Model) -> Path:
+def _weights(model: Model, content: str) -> Path:
     if not model.source.startswith("hub:"):
         return locate(model.source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model.source.removeprefix("hub:"), revision=model.revision))
+    return Path(snapshot_download(model.source.removeprefix("hub:"), revision=content))
 
 
 def _tokenizer(source: Path, folder: Path) -> None:
@@ -183,7 +183,7 @@ def _tokenizer(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _read(data: Data) -> tuple[pyarrow.Table, list[str]]:
+def _read(data: Data, content: str) -> tuple[pyarrow.Table, list[str]]:
     """All rows as one table, and the name of the file that each came from."""
     import datasets
     import pyarrow
@@ -191,7 +191,7 @@ def _read(data: Data) -> tuple[pyarrow.Table, list[str]]:
     datasets.disable_progress_bars()
     if data.source.startswith("hub:"):
         parts = datasets.load_dataset(
-            data.source.removeprefix("hub:"), revision=data.revision, data_files=list(data.files) or None
+            data.source.removeprefix("hub:"), revision=content, data_files=list(data.files) or None
         )
         tables = {name: part.data.table for name, part in parts.items()}
     else:

@@ -136,10 +136,7 @@ def _row(axis: Any, row: int, rule: Rule, scale: float, low: float, high: float)
             scale * _detectable(rule),
             row,
             "D",
-            markerfacecolor="white",
-            markeredgecolor=INK,
-            markersize=5,
-            zorder=3,
+            **SEEN,
         )
     axis.plot(value, row, "o", color=color, markersize=7, zorder=4)
     text = f"{'✓' if rule.passed else '✗'}  {_figure(value, scale)}"
