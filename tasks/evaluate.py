@@ -104,8 +104,7 @@ def _parity(
 def _predictions(logits: np.ndarray, takes: str) -> np.ndarray:
     if takes == "label":
         return np.asarray(logits.argmax(axis=1))
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+    return types.probabilities(logits)
 
 
 def loaded(scores: Metrics) -> dict[str, list[Any] | None]:
