@@ -12,7 +12,8 @@ field=(--models clip-text clip-image unet --layers 2)
 
 if [ "$1" = export ]; then
   clip "$work/clip2" 8 2 && clip "$work/clip12" 64 12 && clip "$work/clip24" 64 24
-  python3 -W ignore -m benchmarks.tensorrt "$work/field" --export 17 "${field[@]}" && touch "$work/exported"
+  python3 -W ignore -m benchmarks.tensorrt "$work/field" --export 17 "${field[@]}"
+  touch "$work/exported"
   exit
 fi
 
