@@ -54,7 +54,8 @@ h100 rounds 45 120 rounds clip12
 # Beside each other: what is only to work (their seconds are not comparable).
 h100 lean 30 120 lean clip2 &
 h100 int8trial 40 180 int8trial clip2 &
-h100 features1 60 200 features clip2 "refit always,refit with new weights,int8 refit,workspace of 1 MiB,lean runtime,weights of another graph,bad bytes" &
+h100 features1 60 200 features clip2 "refit always,refit with new weights,int8 refit,workspace of 1 MiB,weights of another graph,bad bytes" &
+h100 features3 30 120 features clip2 "lean runtime" &
 step field 60 280 trt-python -m benchmarks.tensorrt "$work/field" --level 0 --batch 16 "${field[@]}" &
 wait
 cp "$work/field/report.json" "$work/results/field.json" 2>/dev/null; collect
