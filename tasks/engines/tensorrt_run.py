@@ -172,6 +172,9 @@ class TensorRTSession:
             )
             for name in ins
         }
+        profiles = range(engine.num_optimization_profiles)
+        largest = [tuple(engine.get_tensor_profile_shape(ins[0], i)[2]) for i in profiles]
+        self.max_batch = max(shape[0] for shape in largest)
         self._stream = cuda.Stream()
         self._buffers: dict[str, Any] = {}
         self._profile = 0
