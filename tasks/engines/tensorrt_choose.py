@@ -35,7 +35,8 @@ ROUNDS = 50
 
 def command(job: tensorrt_build.Job) -> str:
     """The `trtexec` command that builds the same."""
-    return trtexec(job.flavor, job.options, job.profiles, weak_types=job.weak_types, refit=job.refit)
+    options = replace(job.options, timing_cache=job.cache)
+    return trtexec(job.flavor, options, job.profiles, weak_types=job.weak_types, refit=job.refit)
 
 
 def seal(manifest: Facts, job: tensorrt_build.Job, refit: Facts) -> Facts:
