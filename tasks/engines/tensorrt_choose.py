@@ -107,7 +107,7 @@ def _try_refittable(
     refit["identical"] = weights_of.all_digest(model) if options.identical else None
     refit["two_four"] = weights_of.two_four(model) if options.sparse else []
     seal(manifest, job, refit)
-    tried: Facts = {"build_seconds": made["seconds"], "plain": plain}
+    tried: Facts = {"build_seconds": made["seconds"], "plain": dict(plain)}
     try:
         tried |= trial(plan, job, samples, expected)
         refit["fixed"] = tried.pop("fixed")
