@@ -131,6 +131,9 @@ class Profile(Section):
         return self.batch[0] <= batch <= self.batch[2] and low <= length <= high
 
 
+TAX = 0.05
+
+
 class TensorRT(Section):
     """How TensorRT builds. `refit: auto` keeps a refittable plan that costs at most `max_tax` of latency.
 
@@ -140,7 +143,7 @@ class TensorRT(Section):
 
     profiles: tuple[Profile, ...] = ()
     refit: Literal["auto", "always", "never"] = "auto"
-    max_tax: float = Field(0.05, ge=0)
+    max_tax: float = Field(TAX, ge=0)
     individual: tuple[str, ...] = ()
     sparse: bool | None = None
     level: int | None = Field(None, ge=0, le=5)
@@ -156,7 +159,7 @@ class TensorRT(Section):
             raise ValueError("refit: always and version_compatible exclude each other; give up one of them")
         if self.individual and (self.refit == "never" or self.version_compatible):
             raise ValueError("individual names weights for a refit, which this plan never gets; leave it out")
-        if "max_tax" in self.model_fields_set and self.refit != "auto":
+        if self.max_tax != TAX and self.refit != "auto":
             raise ValueError(f"max_tax is for refit: auto; with refit: {self.refit} leave it out")
         return self
 

@@ -97,6 +97,11 @@ def test_profiles_must_hold_every_text(tiny_recipe: Path) -> None:
     assert (found.refit, found.sparse, found.timing_cache) == ("auto", None, True)
 
 
+def test_a_section_survives_being_written_down_and_read_again() -> None:
+    said = recipes.load(QUICK, ["build.also=[tensorrt-rtx]", "build.tensorrt={refit: never, level: 2}"])
+    assert type(said).model_validate(said.model_dump(mode="json")) == said
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         recipes.load(QUICK, ["quantize.format=int7", "finetune.epochs=-1"])
