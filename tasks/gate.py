@@ -23,6 +23,7 @@ from tasks.measurements import (
     Measurements,
     Rounds,
     check,
+    examples,
     latency_summary,
     measurements_from_json,
     measurements_to_json,
@@ -63,6 +64,7 @@ def judge(measurements: Measurements, gate: Gate) -> Verdict:
         *sizes(measurements, gate),
     ]
     rules += [*latencies(measurements, gate, seed), *shares(measurements, gate)]
+    rules += finite(measurements.engines[CANDIDATE])
     rules = [rounded(rule) for rule in rules]
     return Verdict(all(rule.passed for rule in rules), tuple(rules))
 
@@ -72,6 +74,14 @@ def evidence(candidate: Measured) -> Rule:
     executed = candidate.proved == "executed"
     how = "ran on its target" if executed else f"did not run on its target (only {candidate.proved})"
     return Rule("evidence", executed, f"the candidate {how}", facts={"proved": candidate.proved})
+
+
+def finite(candidate: Measured) -> Iterator[Rule]:
+    """An engine that answers NaN or infinity never passes, whatever `on_missing` says."""
+    rows = [row if isinstance(row, (list, tuple)) else (row,) for row in examples(candidate)]
+    if bad := sum(None in row for row in rows):
+        sentence = f"{bad} of the candidate's {len(rows)} outputs are NaN or infinite"
+        yield Rule("finite", False, sentence, float(bad), 0.0)
 
 
 def sizes(measurements: Measurements, gate: Gate) -> Iterator[Rule]:
