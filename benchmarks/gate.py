@@ -6,32 +6,26 @@ python -m benchmarks.gate accuracy    some parts: accuracy, metrics, seeds, roun
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.gate_latency import engines, rounds
+from benchmarks.gate_scores import metrics
+from benchmarks.gate_tables import CONFIDENCE, TRIALS, Table, percent, shares, table
 from recipes.gate import Gate
 from tasks import statistics
 from tasks.gate import judge
 from tasks.measurements import Measured, Measurements
-from tasks.metrics import metric
 
-TRIALS, ENGINE_TRIALS, ROUNDS, CALLS = 2000, 100, 30, 20
 SIZES = (250, 500, 1000, 2000, 4000)
 DROPS = (0.005, 0.01, 0.02)
 ALLOWED = (*DROPS, 0.03)
 DISCORDANCE = (0.01, 0.03, 0.10)
-SLOWER = (0.0, 0.03, 0.05, 0.10)
-CONFIDENCE = 0.95
-Table = Iterator[list[str]]
 
 
 def counts(n: int, discordance: float, drop: float, seed: int) -> tuple[Any, Any]:
@@ -65,12 +59,6 @@ def equal() -> Table:
             found = [refusals(n, discordance, drop) for drop in ALLOWED]
             worst = max(float(unexplained.mean()) for _, _, unexplained in found)
             yield [str(n), f"{100 * discordance:g} %", *(shares(*f[:2]) for f in found), percent(worst)]
-
-
-def shares(refused: Any, coarse: Any) -> str:
-    """By the interval, as too coarse, for either reason."""
-    text = " / ".join(percent(x) for x in (refused, coarse, refused | coarse))
-    return f"**{text}**" if refused.mean() <= (1 - CONFIDENCE) / 2 else text
 
 
 def refusals(n: int, discordance: float, drop: float) -> tuple[Any, Any, Any]:
@@ -134,110 +122,6 @@ def seen() -> Table:
                 wins, losses = counts(n, discordance, drop, seed=n + 2)
                 cells.append(percent(statistics.tango(wins, losses, n, CONFIDENCE)[1] < 0))
             yield [str(n), f"{100 * discordance:g} %", *cells]
-
-
-def metrics() -> None:
-    """Metrics that are not 0 or 1."""
-    table("Other metrics, candidates exactly at the limit: passed", other_metrics())
-    table("Other metrics, equal engines, refused: by the interval / as too coarse / in total", equal_scores())
-
-
-Draw = Callable[[Any, int], Any]
-GAPS: dict[str, tuple[float, Draw]] = {  # name -> mean, and differences of candidate and reference
-    "log-normal losses, σ = 1.5": (-np.exp(1.125), lambda g, n: -g.lognormal(0.0, 1.5, n)),
-    "log-normal losses, σ = 1": (-np.exp(0.5), lambda g, n: -g.lognormal(0.0, 1.0, n)),
-    "exponential losses of 5 %": (-0.05, lambda g, n: -g.exponential(1.0, n) * (g.random(n) < 0.05)),
-    "normal differences": (0.0, lambda g, n: g.standard_normal(n)),
-    "Student's t, 3 degrees": (0.0, lambda g, n: g.standard_t(3, n)),
-    "normal differences of 6 %": (0.0, lambda g, n: g.standard_normal(n) * (g.random(n) < 0.06)),
-}
-
-
-def other_metrics() -> Table:
-    """Means by the studentized bootstrap, macro F1 by the percentile one."""
-    yield ["differences", "examples", "the gate", "studentized alone", "percentile bootstrap"]
-    for name, (mean, draw) in GAPS.items():
-        methods = METHODS if name == next(iter(GAPS)) else METHODS[:1]
-        for n in (50, 100, 250, 500):
-            generator = np.random.default_rng(n)
-            gaps = [draw(generator, n) for _ in range(TRIALS // 2)]
-            ends = [[method(gap, seed) > mean for seed, gap in enumerate(gaps)] for method in methods]
-            yield [name, str(n), *(percent(column) for column in ends), *[""] * (3 - len(methods))]
-    for n in (250, 500, 1000):
-        yield ["macro F1, classes 85 : 15", str(n), percent(f1(n)), "", ""]
-
-
-def gate_end(gap: Any, seed: int) -> float:
-    """The interval's lower end."""
-    return statistics.bootstrap_mean(gap, CONFIDENCE, seed, SPAN)[0]
-
-
-def studentized_end(gap: Any, seed: int) -> float:
-    """The same without what makes it wider."""
-    return statistics.studentized(gap, CONFIDENCE, seed)[0] if gap.any() else 0.0
-
-
-def percentile_end(gap: Any, seed: int) -> float:
-    """The usual bootstrap's."""
-    rows = np.random.default_rng(seed).integers(0, len(gap), size=(1000, len(gap)), dtype=np.int32)
-    return float(np.quantile(gap[rows].mean(axis=1), (1 - CONFIDENCE) / 2))
-
-
-METHODS = (gate_end, studentized_end, percentile_end)
-SPAN = 20.0  # how far two scores can lie apart
-
-
-def equal_scores() -> Table:
-    """Symmetric differences of mean 0, allowed so many standard errors."""
-    yield ["differences", "examples", *(f"max_drop {times:g} errors" for times in (3, 4, 5, 8))]
-    for name, (mean, draw) in GAPS.items():
-        for n in (100, 500) if mean == 0 else ():
-            error = float(draw(np.random.default_rng(0), 1_000_000).std() / np.sqrt(n))
-            generator = np.random.default_rng(n)
-            found = [compared(draw(generator, n), seed) for seed in range(TRIALS // 2)]
-            low, floor = np.array(found).T
-            cells = [shares(low <= -k * error, (floor > k * error) & (low < 0)) for k in (3, 4, 5, 8)]
-            yield [name, str(n), *cells]
-
-
-def compared(gap: Any, seed: int) -> tuple[float, float]:
-    """The difference's lower end, and that of the smallest drop that can be told."""
-    base = np.where(np.arange(len(gap)) % 2, 0.0, SPAN / 2)
-    found = statistics.compare_scores(base + gap, base, CONFIDENCE, seed)
-    return found.difference[0], found.detectable[1][0]
-
-
-def f1(n: int) -> Any:
-    """Candidates that flip 3 % more answers than the baseline; their true drop of F1 is what is allowed."""
-    generator = np.random.default_rng(n)
-
-    def answers(size: int) -> tuple[Any, Any, Any]:
-        truth = (generator.random(size) < 0.15).astype(int)
-        base = truth ^ (generator.random(size) < 0.08)
-        return truth, base, base ^ (generator.random(size) < 0.03)
-
-    truth, base, ours = answers(4_000_000)
-    drop, passed = macro_f1(2 * truth + base) - macro_f1(2 * truth + ours), []
-    for seed in range(TRIALS // 2):
-        truth, base, ours = answers(n)
-        differing, kinds = int((ours != base).sum()), (2 * truth + ours, 2 * truth + base)
-        assert seed or abs(macro_f1(kinds[0]) - metric("f1").value(ours, truth)) < 1e-12
-        ours_of, base_of = (partial(_chosen, kind) for kind in kinds)
-        ends = statistics.compare_statistic(ours_of, base_of, n, differing, CONFIDENCE, seed).difference
-        passed.append(ends[0] > -drop)
-    return np.array(passed)
-
-
-def macro_f1(kinds: Any) -> float:
-    """F1 of two classes from 2 * truth + answer: the gate's own metric, a hundred times as fast."""
-    right_0, wrong_1, wrong_0, right_1 = (int(x) for x in np.bincount(kinds, minlength=4))
-    wrong = wrong_0 + wrong_1
-    found = [2 * hits / (2 * hits + wrong) for hits in (right_0, right_1) if hits + wrong]
-    return sum(found) / len(found)
-
-
-def _chosen(kinds: Any, rows: Any) -> float:
-    return macro_f1(kinds[rows])
 
 
 def seeds() -> None:
@@ -305,135 +189,6 @@ def trained() -> list[Any]:
         network = MLPClassifier((32,), max_iter=200, random_state=seed, early_stopping=True)
         right.append((network.fit(x[:4000], y[:4000]).predict(x[4000:]) == y[4000:]).astype(float))
     return right
-
-
-def rounds() -> None:
-    """Simulated latency: noise of rounds, with hiccups that hit one of the two."""
-    table("Simulated rounds: passed at a limit of 1.05 (last: told from noise)", simulated_rounds())
-
-
-def simulated_rounds() -> Table:
-    """The interval moves with the truth, so one set of trials serves every slowdown."""
-    yield ["rounds", "noise of a round", *(f"true {1 + s:.2f}" for s in SLOWER), "told: 1.03", "1.05", "1.10"]
-    for count in (6, 10, 20, 40):
-        for noise in (0.02, 0.05):
-            generator, ends = np.random.default_rng(count), []
-            for seed in range(TRIALS // 2):
-                pair = [round_times(generator, count, noise) for _ in range(2)]
-                ends.append(statistics.bootstrap_rounds(pair[0], pair[1], CONFIDENCE, seed)[1])
-            low, high = np.array(ends).T
-            passed = [percent(high * (1 + slower) <= 1.05) for slower in SLOWER]
-            told = [percent(low * (1 + slower) > 1) for slower in SLOWER[1:]]
-            yield [str(count), f"{100 * noise:g} %", *passed, *told]
-
-
-def round_times(generator: Any, count: int, noise: float) -> Any:
-    """Relative p50 of each round: log-normal, and one in ten hit by something else (30 % on average)."""
-    hit = (generator.random(count) < 0.1) * generator.exponential(0.3, count)
-    return np.exp(noise * generator.standard_normal(count) + hit)
-
-
-def engines() -> None:
-    """The same ONNX Runtime engine against itself, and against itself slowed by a known amount."""
-    load = os.getloadavg()[0]
-    title = (
-        f"Real engines, {ENGINE_TRIALS} trials of {ROUNDS} rounds of {CALLS} calls (load {load:.1f} before)"
-    )
-    table(title, real_engines())
-
-
-def real_engines() -> Table:
-    """Five contestants take turns in every round, and the order turns, too; the first is the reference."""
-    trials = list(timed_trials())
-    yield [
-        "slower by",
-        "median ratio",
-        "interval wholly off 1",
-        "passed at 1.05",
-        "interval's half width",
-    ]
-    for place, slower in enumerate(SLOWER, start=1):
-        found = [statistics.bootstrap_rounds(t[place], t[0], CONFIDENCE, i) for i, t in enumerate(trials)]
-        ratios, ends = np.array([f[0] for f in found]), np.array([f[1] for f in found])
-        off = (ends[:, 0] > 1) | (ends[:, 1] < 1)
-        half = float(np.median(ends[:, 1] - ends[:, 0]) / 2)
-        row = [f"{100 * slower:g} %", f"{np.median(ratios):.4f}", percent(off), percent(ends[:, 1] <= 1.05)]
-        yield [*row, f"{half:.4f}"]
-
-
-def timed_trials() -> Iterator[Any]:
-    """Per trial the p50 of every contestant's rounds, of shape (contestants, rounds)."""
-    from contextlib import ExitStack
-
-    from tasks.engines import onnxruntime
-
-    feed = {"x": np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32)}
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
-        layers(folder / "model.onnx", 12)
-        onnxruntime.build(folder, folder / "built", samples=[feed], threads=1)
-        plan, weights = folder / "built" / "plan", folder / "built" / "weights"
-        opened = [
-            stack.enter_context(onnxruntime.open(plan, weights if weights.exists() else None, threads=1))
-            for _ in range(1 + len(SLOWER))
-        ]
-        pairs = list(zip(opened, (0.0, *SLOWER), strict=True))
-        for session in opened * 50:
-            session.run(feed)
-        for _ in range(ENGINE_TRIALS):
-            yield np.array([turn(pairs, feed, number) for number in range(ROUNDS)]).T
-
-
-def turn(pairs: list[tuple[Any, float]], feed: Any, number: int) -> list[float]:
-    """One round: the p50 of each contestant, who starts changes."""
-    found = {}
-    for place in np.roll(np.arange(len(pairs)), number):
-        session, slower = pairs[place]
-        found[int(place)] = float(np.median([seconds(session, slower, feed) for _ in range(CALLS)]))
-    return [found[place] for place in sorted(found)]
-
-
-def seconds(session: Any, slower: float, feed: Any) -> float:
-    """One call; a slowed one then waits, spinning, for the given share of its own time."""
-    start = time.perf_counter()
-    session.run(feed)
-    end = start + (time.perf_counter() - start) * (1 + slower)
-    while slower and time.perf_counter() < end:
-        pass
-    return time.perf_counter() - start
-
-
-def layers(path: Path, depth: int) -> None:
-    """A chain of matrix products and ReLUs, about half a millisecond."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    generator = np.random.default_rng(0)
-    weights = [generator.standard_normal((256, 256)).astype(np.float32) / 16 for _ in range(depth)]
-    nodes, last = [], "x"
-    for i in range(depth):
-        nodes.append(helper.make_node("MatMul", [last, f"w{i}"], [f"m{i}"]))
-        nodes.append(helper.make_node("Relu", [f"m{i}"], [f"r{i}"]))
-        last = f"r{i}"
-    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["batch", 256]) for n in ("x", last)]
-    stored = [numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)]
-    graph = helper.make_graph(nodes, "layers", ends[:1], ends[1:], stored)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-
-
-def percent(values: Any) -> str:
-    """A share of trials."""
-    return f"{100 * float(np.mean(values)):.1f} %"
-
-
-def table(title: str, rows: Table) -> None:
-    """One Markdown table."""
-    began = time.perf_counter()
-    head, *body = list(rows)
-    print(f"\n### {title}\n")
-    for row in (head, ["--:"] * len(head), *body):
-        print(f"| {' | '.join(row)} |")
-    print(f"\n{time.perf_counter() - began:.0f} s", flush=True)
 
 
 PARTS: dict[str, Callable[[], None]] = {

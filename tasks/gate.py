@@ -125,7 +125,7 @@ def latency(
     interval = f"{percent(gate.confidence)} interval {text[1]} to {text[2]}"
     sentence = f"{what} is {text[0]} times ({interval}), at most {text[3]}"
     if value <= limit < ends[1]:
-        seen = ends[1] / ends[0]  # an equal engine's interval ends below it, but for half of 1 - confidence
+        seen = ends[1] / ends[0]  # the upper end of an equal engine's interval is below it, but for few
         sentence += f": these rounds can tell {seen:.3f} from noise, take more or longer ones"
     facts = bound(False, "ratio")
     facts |= {"candidate": latency_summary(pair[0], batch), "reference": latency_summary(pair[1], batch)}
