@@ -144,8 +144,10 @@ def smallest_drop_counts(disagree: int, n: int, confidence: float) -> tuple[floa
 
     With it its own interval, which follows from that of the share of disagreements (Clopper and Pearson).
     """
-    shares = stats.binomtest(disagree, n).proportion_ci(beyond_doubt(confidence), method="exact")
-    counts = np.array([disagree, n * shares.low, n * shares.high])
+    tail = (1 - beyond_doubt(confidence)) / 2
+    least = stats.beta.ppf(tail, disagree, n - disagree + 1) if disagree else 0.0
+    most = stats.beta.ppf(1 - tail, disagree + 1, n - disagree) if disagree < n else 1.0
+    counts = np.array([disagree, n * least, n * most])
     excess = np.minimum(stats.norm.ppf(confidence) * np.sqrt(counts), counts)
     unlucky = float(stats.binom.ppf(confidence, disagree, 0.5))
     wins, losses = (counts - excess) / 2, (counts + excess) / 2
