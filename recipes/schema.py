@@ -110,8 +110,11 @@ class Quantize(Section):
 
 
 class Drift(Section):
-    """When `python -m flows watch` asks for something: shares of activations past a quantizer's range, and
-    the population stability index (PSI) of inputs or scores against the calibration rows."""
+    """When `python -m flows watch` asks for something.
+
+    `max_overflow` is how much more of a quantizer's values may lie at the end of its range than in
+    calibration, `max_psi` the population stability index of inputs, classes or scores.
+    """
 
     max_overflow: float = Field(0.01, gt=0, lt=1)
     max_psi: float = Field(0.2, gt=0)
