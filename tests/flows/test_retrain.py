@@ -1,4 +1,4 @@
-"""Retraining a registered model: refit or rebuild, forget nothing, do nothing twice; watch it, prune after it."""
+"""Retraining a registered model: refit or rebuild, forget nothing, do nothing twice; watch it and prune."""
 
 from __future__ import annotations
 
