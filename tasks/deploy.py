@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from recipes.schema import Deploy
-from tasks import store, triton
+from tasks import store, triton, types
 from tasks.artifacts import Engine
 from tasks.engines.common import RefitError
 from tasks.errors import InputError
@@ -152,19 +152,24 @@ def smoke(model: str) -> None:
         raise Unfit(f"a smoke request through {folder} was answered {found.tolist()}, not {wanted.tolist()}")
 
 
+def ask(engine: Engine) -> np.ndarray:
+    """What an engine in the store answers to the smoke values."""
+    preprocessor = store.path(engine.preprocessor)
+    kind = types.load(types.settings(preprocessor)["type"])
+    feed = kind.collate(kind.encode(preprocessor, kind.smoke(preprocessor)))
+    with opened(engine) as session:
+        (found,) = session.run(feed).values()
+    return np.asarray(found)
+
+
 def _prove(engine: Engine, folder: Path) -> None:
     """The engine as it lies in `folder` answers like the version's own, and only finite numbers."""
     predictor = Predictor(folder)
-    found = predictor.logits(predictor.kind.smoke(predictor.preprocessor))
-    with opened(engine) as session:
-        for feed in triton.batches(predictor)[1:]:
-            (wanted,) = session.run(feed).values()
+    found, wanted = predictor.logits(predictor.kind.smoke(predictor.preprocessor)), ask(engine)
     if not np.isfinite(found).all():
         raise Unfit(f"a smoke request was answered {found.tolist()}")
-    if not triton.close(np.asarray(wanted), found):
-        raise Unfit(
-            f"a smoke request was answered {found.tolist()}, and {wanted.tolist()} by the version itself"
-        )
+    if not triton.close(wanted, found):
+        raise Unfit(f"a smoke request was answered {found.tolist()}, by the version itself {wanted.tolist()}")
     (folder / SMOKE).write_text(json.dumps(found.astype(np.float64).tolist()))
 
 

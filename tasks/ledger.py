@@ -132,13 +132,13 @@ def champions(known: Sequence[Line]) -> list[str]:
     """Who was champion, oldest first; a rollback takes off what came after its target."""
     stack: list[str] = []
     for line in known:
-        if line.event not in ("promoted", "rolled-back", "put-back") or line.after is None:
+        if line.event not in ("promoted", "rolled-back", "put-back"):
             continue
-        if line.event == "promoted":
-            stack = [held for held in stack if held != line.after]
-        elif line.after in stack:
+        if line.event == "rolled-back" and line.after in stack:
             stack = stack[: stack.index(line.after)]
-        stack.append(line.after)
+        gone = {line.after, line.before} if line.event == "put-back" else {line.after}
+        stack = [held for held in stack if held not in gone]
+        stack += [line.after] if line.after else []
     return stack
 
 

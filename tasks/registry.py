@@ -24,7 +24,7 @@ from tasks.artifacts import Engine, Version
 from tasks.errors import InputError
 from tasks.manifest import Attempt, manifest, metrics
 from tasks.measurements import measurements_from_json
-from tasks.registry_alias import CHAMPION, aliased, client, promote
+from tasks.registry_alias import CHAMPION, GONE, aliased, client, promote
 from tasks.registry_engine import fetch, log_model, pack, plan_address, run, unpack
 from tasks.report import report
 from tasks.running import labels
@@ -128,19 +128,15 @@ class Judged:
 def judged(run_id: str) -> Judged:
     """The recipe, measurements and verdict of a run; raises InputError for a run that was not judged."""
     import mlflow
-    from mlflow.exceptions import MlflowException
 
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            client()
-            numbers = json.loads(_manifest(run_id).read_text())["metrics"]
-            gate = Path(
-                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
-            )
-            recipe = mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml")
-            found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
-        except (MlflowException, OSError) as error:
-            raise InputError(f"run {run_id}: no verdict was logged here ({error})") from error
+    client()
+    with tempfile.TemporaryDirectory() as scratch, _logged(f"run {run_id}: no verdict was logged here"):
+        numbers = json.loads(_manifest(run_id).read_text())["metrics"]
+        gate = Path(
+            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
+        )
+        recipe = mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml")
+        found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
     return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"], numbers)
 
 
@@ -162,6 +158,8 @@ def registered(model: str, version: str) -> Registered:
     try:
         found = client().get_model_version(model, version)
     except MlflowException as error:
+        if error.error_code not in GONE:
+            raise
         raise InputError(f"there is no version {version} of {model} ({error.message})") from error
     return Registered(model, version, found.run_id or "", dict(found.tags), found.description or "")
 
@@ -203,15 +201,21 @@ def checkpoint_digest(run_id: str) -> str:
 
 @contextmanager
 def _logged(what: str) -> Iterator[None]:
-    """What is not in MLflow, or not whole, in words."""
+    """Say in words what is not in MLflow or not whole; that MLflow does not answer stays as it is."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
-    except (MlflowException, OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, KeyError) as error:
+        raise InputError(f"{what}: an artifact is not in MLflow ({error})") from error
+    except MlflowException as error:
+        if error.error_code not in GONE:
+            raise
+        raise InputError(f"{what}: an artifact is not in MLflow ({error.message})") from error
+    except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{what}: its artifacts cannot be read from MLflow ({error})") from error
+        raise InputError(f"{what}: an artifact cannot be read ({error})") from error
 
 
 def record_failure(recipe: dict[str, Any], error: BaseException) -> str:

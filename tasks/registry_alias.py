@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 REFUSED = "promotion_refused"
 PIPELINE = "pipeline"
+GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # not there, as against not answering
 
 
 def client() -> MlflowClient:
@@ -168,7 +169,7 @@ def exists(model: str, version: str) -> bool:
     try:
         client().get_model_version(model, version)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in GONE:
             return False
         raise
     return True
@@ -193,6 +194,6 @@ def aliased(mlflow: MlflowClient, model: str, alias: str) -> ModelVersion | None
     try:
         return mlflow.get_model_version_by_alias(model, alias)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in GONE:
             return None
         raise

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from recipes.schema import Recipe
-from tasks import deploy, ledger, registry
+from tasks import deploy, ledger, registry, store
 from tasks.artifacts import Engine
 from tasks.engines import module
+from tasks.engines.common import RefitError
 from tasks.errors import InputError
-from tasks.gate import judge
 from tasks.measurements import measurements_from_json, verdict_bytes, verdict_from_bytes
 from tasks.registry import Registered
 
@@ -40,9 +42,11 @@ def verify(model: str, version: str) -> Findings:
         engine = registry.engine_of(model, version)
         digests = digests_of(engine) | {"checkpoint": registry.checkpoint_digest(registered.run_id)}
         damage = [*_differences(digests, manifest), *_differs_from_ledger(model, version, digests)]
-        damage += [why] if (why := elsewhere(manifest)) else []
-    except (InputError, OSError, KeyError, ValueError) as error:
-        words = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        damage += [why] if (why := elsewhere(manifest) or _silent(engine)) else []
+    except (InputError, KeyError) as error:
+        if store.full():
+            raise
+        words = f"its manifest has no {error}" if isinstance(error, KeyError) else str(error)
         return Findings(registered, None, None, {}, (f"its artifacts do not open: {words}",), judgement)
     return Findings(registered, recipe, engine, digests, tuple(damage), judgement)
 
@@ -55,6 +59,8 @@ def digests_of(engine: Engine) -> dict[str, str]:
 
 def recompute(run_id: str) -> tuple[bytes, bool]:
     """The verdict's canonical JSON, judged again from the measurements, and whether it is what was logged."""
+    from tasks.gate import judge  # SciPy, which a rollback has no use for
+
     logged = registry.judged(run_id)
     recipe = Recipe.model_validate(logged.recipe)
     again = verdict_bytes(judge(measurements_from_json(logged.measurements), recipe.gate))
@@ -75,6 +81,15 @@ def elsewhere(manifest: dict[str, Any]) -> str | None:
             if plan[what] != ours:
                 return f"it was made for {runtime} {what} {plan[what]}, here is {ours}"
     return None
+
+
+def _silent(engine: Engine) -> str | None:
+    """Why the engine gives no answer here; None when it does."""
+    try:
+        found = deploy.ask(engine)
+    except (InputError, RefitError) as error:
+        return f"its engine does not open: {error}"
+    return None if np.isfinite(found).all() else "its engine answers with NaN or infinity"
 
 
 def served(model: str, version: str) -> str | None:
