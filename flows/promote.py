@@ -163,9 +163,9 @@ def _serve(model: str, champion: str | None) -> Agreement:
 
 def _deployed_here(model: str, version: str) -> bool:
     """Whether it serves on this machine, and the ledger says so."""
-    here = [line for line in ledger.lines(model) if line.facts.get("place") == deploy.place()]
-    told = bool(here) and (here[-1].event, here[-1].after) == ("deployed", version)
-    return told and deploy.current(model) == version
+    deployed = [line for line in ledger.lines(model) if line.event == "deployed"]
+    here = [line.after for line in deployed if line.facts.get("place") == deploy.place()]
+    return here[-1:] == [version] and deploy.current(model) == version
 
 
 def _prepare(findings: Findings, section: Deploy | None) -> None:
