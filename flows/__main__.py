@@ -121,6 +121,7 @@ def _promote(options: argparse.Namespace) -> int:
     from flows import promote
     from tasks import registry_alias
 
+    registry_alias.check_model(options.model)
     if options.to:
         registry_alias.set_alias(options.model, options.to)
     done = promote.agree(options.model)
@@ -140,13 +141,17 @@ def _reconcile(_options: argparse.Namespace) -> int:
 
 def _rollback(options: argparse.Namespace) -> int:
     from flows import promote
+    from tasks import registry_alias
 
+    registry_alias.check_model(options.model)
     done = promote.back(options.model, options.to, options.by, options.reason)
     print(f"{done.model}: {done.action}, champion {done.champion} ({done.seconds:.1f} s)")
     return 0 if done.action == "rolled-back" else FAILED
 
 
 def _override(options: argparse.Namespace) -> int:
+    if not (options.by.strip() and options.reason.strip()):
+        raise InputError("override: --by and --reason must say who answers for it, and why")
     from flows import promote
 
     line = promote.override(options.model, options.version, options.by, options.reason)

@@ -202,6 +202,26 @@ def test_a_smoke_request_that_fails_after_the_switch_puts_all_back(
     assert promote.agree(MODEL).action == "nothing"
 
 
+def test_a_pipelines_champion_that_cannot_serve_gives_way_to_the_one_before(
+    first: Version, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: object) -> None:
+        raise deploy.Unfit("it answers nonsense")
+
+    monkeypatch.setattr(deploy, "prepare", refusing)
+    done = optimize(QUICK, f"model.name={MODEL}", "finetune.seed=2")
+    assert done.verdict == "refused"
+    assert done.reasons == (f"version {done.version.version} cannot serve: it answers nonsense",)
+    assert state() == (first.version,) * 3
+
+
+def test_without_a_deploy_section_nothing_is_deployed(first: Version, optimize: Optimize) -> None:
+    done = optimize(QUICK, "model.name=digits-nowhere", "deploy=null")
+    assert done.verdict == "promoted"
+    assert deploy.current("digits-nowhere") is None
+    assert promote.agree("digits-nowhere").action == "nothing"
+
+
 def test_an_alias_taken_off_withdraws_the_champion_and_goes_on_serving(first: Version) -> None:
     registry.client().delete_registered_model_alias(MODEL, "champion")
     assert promote.agree(MODEL).action == "withdrawn"
