@@ -93,13 +93,17 @@ def agree(model: str) -> Agreement:
 
 def _take(model: str, champion: str | None, version: str) -> Agreement:
     """A person put the alias on this version: promote it, or put the alias back."""
-    if registry.registered(model, version).tags.get("gate") == "pending":
+    registered = registry.registered(model, version)
+    if registered.tags.get("gate") == "pending":
         try:
             gate_pending(model, version)
         except InputError as error:
             return _refuse(model, champion, version, str(error))
-    findings = verify.verify(model, version)
+        registered = registry.registered(model, version)
     allowed = ledger.override(ledger.lines(model), version)
+    if not allowed and (against := verify.word(registered)):
+        return _refuse(model, champion, version, "; ".join(against))
+    findings = verify.verify(model, version)
     problems = findings.damage + (() if allowed else findings.judgement)
     if problems:
         return _refuse(model, champion, version, "; ".join(problems))
@@ -117,11 +121,12 @@ def _take(model: str, champion: str | None, version: str) -> Agreement:
 
 def gate_pending(model: str, version: str) -> None:
     """Have a version that waits for its gate judged here; raises InputError where that cannot be."""
-    why = verify.elsewhere(registry.manifest_of(registry.registered(model, version).run_id))
+    manifest = registry.manifest_of(registry.registered(model, version).run_id)
+    why = verify.missing(manifest["engines"]["candidate"]["plan"]["runtime"])
     raise InputError(
         f"its gate is pending, and {why}: a worker that has the runtime must judge it first"
         if why
-        else "its gate is pending; run its recipe again here, where the runtime is, to have it judged"
+        else "its gate is pending; run its recipe here, where the runtime is, to have it judged"
     )
 
 

@@ -18,7 +18,6 @@ from tasks import deploy, load, store, triton
 from tasks.artifacts import Checkpoint, Dataset, Engine
 from tasks.build import build, host
 from tasks.calibrate import calibrate
-from tasks.engines import onnxruntime
 from tasks.engines.lowering.split import WEIGHTS, WEIGHTS_INDEX, sha256
 from tasks.errors import InputError
 from tasks.export import export
@@ -240,4 +239,15 @@ def test_a_level_that_changes_the_answers_is_not_taken(engines: list[Engine], fo
     wrong = [{name: array + 1 for name, array in run.items()} for run in outputs]
     with pytest.raises(InputError, match="gives other outputs"):
         triton._level(place, feeds, wrong)
-    assert onnxruntime.version()
+
+
+def test_a_tensorrt_engine_gets_its_backend_and_the_gpu(engines: list[Engine], folder: Path) -> None:
+    """The text only: no TensorRT engine runs here."""
+    put("1", engines[0])
+    predictor = Predictor(folder / MODEL / "current")
+    feeds = triton.batches(predictor)
+    outputs = [predictor.session.run(feed) for feed in feeds]
+    fields = triton._fields(predictor, "1", "tensorrt", feeds, outputs, Triton())
+    (folder / "triton" / MODEL / "config.pbtxt").write_text(triton.text({"name": MODEL, **fields}))
+    config = parsed(folder)
+    assert (config.backend, config.instance_group[0].kind) == ("tensorrt", 1)
