@@ -104,7 +104,7 @@ def _take(model: str, champion: str | None, version: str) -> Agreement:
     if not allowed and (against := verify.word(registered)):
         return _refuse(model, champion, version, "; ".join(against))
     findings = verify.verify(model, version)
-    problems = findings.damage + (() if allowed else findings.judgement)
+    problems = findings.damage + (() if allowed else verify.judgement(registered))
     if problems:
         return _refuse(model, champion, version, "; ".join(problems))
     section = findings.recipe.deploy if findings.recipe else None
@@ -257,10 +257,10 @@ def _candidate(model: str, version: str, known: Sequence[ledger.Line]) -> Findin
     """A version to roll back to: whole, and once champion, passed or overridden."""
     if version in ledger.champions(known) and deploy.intact(model, version):
         registered = registry.registered(model, version)
-        return Findings(registered, registry.recipe_of(registered.run_id), None, {}, (), ())
+        return Findings(registered, registry.recipe_of(registered.run_id), None, {}, ())
     findings = verify.verify(model, version)
     trusted = version in ledger.champions(known) or ledger.override(known, version)
-    problems = findings.damage + (() if trusted else findings.judgement)
+    problems = findings.damage + (() if trusted else verify.judgement(findings.registered))
     if problems:
         raise InputError(f"version {version} of {model} cannot be champion: {'; '.join(problems)}")
     return findings

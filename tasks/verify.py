@@ -22,20 +22,18 @@ from tasks.registry import Registered
 
 @dataclass(frozen=True)
 class Findings:
-    """What speaks against a version: `damage` always, `judgement` unless a person has overridden it."""
+    """What a version is made of, and the `damage` that nothing overrides."""
 
     registered: Registered
     recipe: Recipe | None
     engine: Engine | None
     digests: dict[str, str]
     damage: tuple[str, ...]
-    judgement: tuple[str, ...]
 
 
 def verify(model: str, version: str) -> Findings:
-    """Everything that can be checked without deploying; what is wrong is found, not raised."""
+    """Its artifacts against their digests and on this machine; what is wrong is found, not raised."""
     registered = registry.registered(model, version)
-    judgement = _judgement(registered)
     try:
         recipe = registry.recipe_of(registered.run_id)
         manifest = registry.manifest_of(registered.run_id)
@@ -47,8 +45,8 @@ def verify(model: str, version: str) -> Findings:
         if store.full():
             raise
         words = f"its manifest has no {error}" if isinstance(error, KeyError) else str(error)
-        return Findings(registered, None, None, {}, (f"its artifacts do not open: {words}",), judgement)
-    return Findings(registered, recipe, engine, digests, tuple(damage), judgement)
+        return Findings(registered, None, None, {}, (f"its artifacts do not open: {words}",))
+    return Findings(registered, recipe, engine, digests, tuple(damage))
 
 
 def digests_of(engine: Engine) -> dict[str, str]:
@@ -119,8 +117,8 @@ def word(registered: Registered) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _judgement(registered: Registered) -> tuple[str, ...]:
-    """Its tags, and the verdict itself, judged again."""
+def judgement(registered: Registered) -> tuple[str, ...]:
+    """What a person may override: its tags' word, and the verdict itself, judged again."""
     found = list(word(registered))
     if registered.tags.get("gate") == "pending":
         return tuple(found)
