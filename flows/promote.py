@@ -22,6 +22,7 @@ from prefect.context import FlowRunContext
 from flows import history
 from recipes.schema import Deploy
 from tasks import deploy, ledger, registry, registry_alias, verify
+from tasks.artifacts import Facts
 from tasks.errors import InputError
 from tasks.stage import passing, say
 from tasks.verify import Findings
@@ -76,47 +77,38 @@ def rollback(
 def agree(model: str) -> Agreement:
     """Compare alias, ledger and serving folder, and do what is missing; safe to repeat after any crash."""
     started = time.perf_counter()
+    waits = _judge(model)
     with ledger.held(model):
         registry_alias.settle(model)
-        champion, holder = ledger.champion(ledger.lines(model)), registry_alias.alias_of(model)
-        if holder == champion:
+        known, holder = ledger.lines(model), registry_alias.alias_of(model)
+        champion = ledger.champion(known)
+        if holder and not known and "gate" not in registry.registered(model, holder).tags:
+            done = Agreement(model, "nothing", holder, "this model is not Enginehouse's")
+        elif holder == champion:
             done = _serve(model, champion)
         elif holder is None:
             done = _withdraw(model, champion)
         else:
-            done = _take(model, champion, holder)
+            done = _take(model, champion, holder, waits)
     if done.action != "nothing":
         say(f"{model}: {done.action}, champion {done.champion}{f' ({done.reason})' if done.reason else ''}")
         publish(model)
     return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
 
 
-def _take(model: str, champion: str | None, version: str) -> Agreement:
-    """A person put the alias on this version: promote it, or put the alias back."""
-    registered = registry.registered(model, version)
-    if registered.tags.get("gate") == "pending":
-        try:
-            gate_pending(model, version)
-        except InputError as error:
-            return _refuse(model, champion, version, str(error))
-        registered = registry.registered(model, version)
-    allowed = ledger.override(ledger.lines(model), version)
-    if not allowed and (against := verify.word(registered)):
-        return _refuse(model, champion, version, "; ".join(against))
-    findings = verify.verify(model, version)
-    problems = findings.damage + (() if allowed else verify.judgement(registered))
-    if problems:
-        return _refuse(model, champion, version, "; ".join(problems))
-    section = findings.recipe.deploy if findings.recipe else None
+def _judge(model: str) -> str:
+    """Where the alias is on a version that waits for its gate: have it judged, or say why it cannot be.
+
+    Nothing is held meanwhile: judging takes long, and may promote.
+    """
+    holder = registry_alias.alias_of(model)
+    if holder is None or registry.registered(model, holder).tags.get("gate") != "pending":
+        return ""
     try:
-        _prepare(findings, section)
-    except deploy.Unfit as unfit:
-        return _refuse(model, champion, version, f"it cannot serve here: {unfit}")
-    actor = allowed.actor if allowed else PERSON
-    reason = f"override: {allowed.reason}" if allowed else "the alias was set on it"
-    run, facts = findings.registered.run_id, {"digests": findings.digests}
-    registry_alias.move(model, champion, version, "promoted", actor, reason, run, facts)
-    return _switch(findings, section, "promoted", actor)
+        gate_pending(model, holder)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def gate_pending(model: str, version: str) -> None:
@@ -130,13 +122,38 @@ def gate_pending(model: str, version: str) -> None:
     )
 
 
+def _take(model: str, champion: str | None, version: str, waits: str) -> Agreement:
+    """A person put the alias on this version: promote it, or put the alias back."""
+    registered = registry.registered(model, version)
+    allowed = ledger.override(ledger.lines(model), version)
+    if not allowed and (against := verify.word(registered)):
+        return _refuse(model, champion, version, waits or "; ".join(against))
+    findings = verify.verify(model, version)
+    problems = findings.damage + (() if allowed else verify.judgement(registered))
+    if problems:
+        return _refuse(model, champion, version, "; ".join(problems))
+    section = findings.recipe.deploy if findings.recipe else None
+    try:
+        _prepare(findings, section)
+    except deploy.Unfit as unfit:
+        return _refuse(model, champion, version, f"it cannot serve here: {unfit}")
+    if (now := registry_alias.alias_of(model)) != version:
+        return Agreement(model, "nothing", champion, f"the alias moved on to version {now}; look again")
+    actor = allowed.actor if allowed else PERSON
+    reason = f"override: {allowed.reason}" if allowed else "the alias was set on it"
+    run, facts = findings.registered.run_id, {"digests": findings.digests}
+    registry_alias.move(model, champion, version, "promoted", actor, reason, run, facts)
+    return _switch(findings, section, "promoted")
+
+
 def _refuse(model: str, champion: str | None, version: str, reason: str) -> Agreement:
     """The reason on the version and in the ledger, then the alias back where it was."""
     words = f"Not promoted ({_now()}): {reason}."
     registry_alias.note(model, version, words, {registry_alias.REFUSED: reason})
     run = registry.registered(model, version).run_id
     ledger.append(model, "refused", actor=PERSON, before=champion, after=version, run_id=run, reason=reason)
-    registry_alias.set_alias(model, champion)
+    if registry_alias.alias_of(model) == version:
+        registry_alias.set_alias(model, champion)
     return Agreement(model, "refused", champion, f"version {version}: {reason}")
 
 
@@ -163,7 +180,7 @@ def _serve(model: str, champion: str | None) -> Agreement:
         _prepare(findings, recipe.deploy)
     except deploy.Unfit as unfit:
         return _demote(findings, str(unfit))
-    return _switch(findings, recipe.deploy, "deployed", registry_alias.PIPELINE)
+    return _switch(findings, recipe.deploy, "deployed")
 
 
 def _deployed_here(model: str, version: str) -> bool:
@@ -183,25 +200,35 @@ def _prepare(findings: Findings, section: Deploy | None) -> None:
     deploy.prepare(model, version, findings.engine, build.max_batch, section, build.threads)
 
 
-def _switch(findings: Findings, section: Deploy | None, action: Action, actor: str) -> Agreement:
+def _switch(findings: Findings, section: Deploy | None, action: Action) -> Agreement:
     """Let the new champion serve; should its smoke request fail, the one before is champion again."""
     model, version = findings.registered.model, findings.registered.version
-    tags = {"promoted_by": actor, "promoted_at": _now()}
+    made = [line for line in ledger.lines(model) if line.event in ledger.SETTLED and line.after == version][
+        -1
+    ]
+    tags = {"promoted_by": made.actor, "promoted_at": made.at}
+    words = f"Became champion {made.at[:19].replace('T', ' ')} UTC, by {made.actor}"
     if section is not None:
         try:
             done = deploy.switch(model, version, section)
         except deploy.Unfit as unfit:
             return _demote(findings, str(unfit))
-        facts = {"place": deploy.place(), "seconds": round(done.seconds, 3)}
-        if done.before != version or not _deployed_here(model, version):
-            ledger.append(model, "deployed", actor=actor, before=done.before, after=version, facts=facts)
+        if not (done.before == version and _deployed_here(model, version)):
+            _record(findings, done, made.actor)
         tags["deployed"] = deploy.place()
+        words += f"; deployed to {deploy.place()}"
     last = ledger.lines(model)[-1]
     tags["ledger"] = f"{last.number} {last.sha256}"
-    where = f", deployed to {deploy.place()}" if section else ""
-    words = f"Champion since {tags['promoted_at']}, promoted by {actor}{where}."
-    registry_alias.note(model, version, words, tags, drop=[registry_alias.REFUSED])
+    registry_alias.note(model, version, f"{words}.", tags, drop=[registry_alias.REFUSED])
     return Agreement(model, action, version)
+
+
+def _record(findings: Findings, done: deploy.Switched, actor: str) -> None:
+    facts: Facts = {"place": deploy.place(), "seconds": round(done.seconds, 3)}
+    if findings.digests:
+        facts["digests"] = findings.digests
+    model = findings.registered.model
+    ledger.append(model, "deployed", actor=actor, before=done.before, after=done.after, facts=facts)
 
 
 def _demote(findings: Findings, reason: str) -> Agreement:
@@ -240,7 +267,7 @@ def back(model: str, to: str | None, by: str, reason: str) -> Agreement:
             raise InputError(f"version {version} of {model} cannot serve here: {unfit}") from unfit
         run = findings.registered.run_id
         registry_alias.move(model, champion, version, "rolled-back", by, reason, run)
-        done = _switch(findings, section, "rolled-back", by)
+        done = _switch(findings, section, "rolled-back")
     publish(model)
     return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
 

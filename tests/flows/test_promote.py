@@ -96,7 +96,7 @@ def test_an_alias_moved_by_a_person_is_verified_and_deployed(second: Version) ->
     assert version.tags["promoted_by"] == promote.PERSON
     assert version.tags["deployed"] == deploy.place()
     assert version.description.startswith("Passed:")
-    assert "Champion since" in version.description
+    assert "Became champion" in version.description
     assert promote.agree(MODEL).action == "nothing"
 
 
@@ -382,6 +382,25 @@ def test_the_pipeline_first_puts_back_an_alias_that_a_person_moved(
     again = optimize(QUICK, f"model.name={MODEL}")
     assert (again.verdict, again.version.version) == ("promoted", first.version)
     assert state() == (first.version,) * 3
+
+
+def test_models_of_others_are_left_alone_and_a_strange_version_is_put_back(first: Version) -> None:
+    """A version made by hand: no run, no tags; with an override it still has no engine."""
+    client = registry.client()
+    source = client.get_model_version(MODEL, first.version).source
+    client.create_registered_model("someone-elses")
+    client.create_model_version("someone-elses", source)
+    client.set_registered_model_alias("someone-elses", "champion", "1")
+    assert promote.agree("someone-elses").action == "nothing"
+    assert registry_alias.alias_of("someone-elses") == "1"
+    strange = str(client.create_model_version(MODEL, source).version)
+    set_alias(strange)
+    assert "its gate says nothing" in promote.agree(MODEL).reason
+    promote.override(MODEL, strange, "Ada", "because")
+    set_alias(strange)
+    done = promote.agree(MODEL)
+    assert (done.action, done.champion) == ("refused", first.version)
+    assert "its artifacts do not open" in done.reason
 
 
 def test_verify_finds_what_was_altered(first: Version, capsys: pytest.CaptureFixture[str]) -> None:
