@@ -80,7 +80,7 @@ def _promotion_verbs(verbs: Any) -> None:
     rollback = verbs.add_parser("rollback", help="restore the champion before this one, alias and engine")
     rollback.add_argument("model", metavar="NAME")
     rollback.add_argument("--to", metavar="V", help="restore this version instead")
-    rollback.add_argument("--by", metavar="WHO", default=getpass.getuser(), help="default: you")
+    rollback.add_argument("--by", metavar="WHO", help="default: you")
     rollback.add_argument("--reason", metavar="TEXT", default="rolled back by hand")
     override = verbs.add_parser("override", help="let a version be promoted though its gate refused it")
     override.add_argument("model", metavar="NAME")
@@ -144,9 +144,16 @@ def _rollback(options: argparse.Namespace) -> int:
     from tasks import registry_alias
 
     registry_alias.check_model(options.model)
-    done = promote.back(options.model, options.to, options.by, options.reason)
+    done = promote.back(options.model, options.to, options.by or _user(), options.reason)
     print(f"{done.model}: {done.action}, champion {done.champion} ({done.seconds:.1f} s)")
     return 0 if done.action == "rolled-back" else FAILED
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"user {os.getuid()}"
 
 
 def _override(options: argparse.Namespace) -> int:

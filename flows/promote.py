@@ -207,7 +207,7 @@ def _switch(findings: Findings, section: Deploy | None, action: Action) -> Agree
         -1
     ]
     tags = {"promoted_by": made.actor, "promoted_at": made.at}
-    words = f"Became champion {made.at[:19].replace('T', ' ')} UTC, by {made.actor}"
+    words = f"Champion since {_readable(made.at)}, by {made.actor}"
     if section is not None:
         try:
             done = deploy.switch(model, version, section)
@@ -220,6 +220,9 @@ def _switch(findings: Findings, section: Deploy | None, action: Action) -> Agree
     last = ledger.lines(model)[-1]
     tags["ledger"] = f"{last.number} {last.sha256}"
     registry_alias.note(model, version, f"{words}.", tags, drop=[registry_alias.REFUSED])
+    if made.before and made.before != version and registry_alias.exists(model, made.before):
+        until = f"Champion until {_readable(made.at)}, when version {version} followed."
+        registry_alias.note(model, made.before, until, {}, drop=["deployed"])
     return Agreement(model, action, version)
 
 
@@ -314,4 +317,8 @@ def publish(model: str) -> None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return _readable(datetime.now(UTC).isoformat())
+
+
+def _readable(moment: str) -> str:
+    return f"{moment[:19].replace('T', ' ')} UTC"

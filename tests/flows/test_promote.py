@@ -84,19 +84,22 @@ def test_the_pipelines_promotion_is_deployed_and_does_not_loop(first: Version) -
     assert len(ledger.lines(MODEL)) == before
 
 
-def test_an_alias_moved_by_a_person_is_verified_and_deployed(second: Version) -> None:
-    before, known = answer(), len(ledger.lines(MODEL))
+def test_an_alias_moved_by_a_person_is_verified_and_deployed(second: Version, first: Version) -> None:
+    old, known = answer(), len(ledger.lines(MODEL))
     set_alias(second.version)
     done = promote.promote(MODEL)
     assert (done.action, done.champion) == ("promoted", second.version)
     assert state() == (second.version,) * 3
-    assert answer()["score"] != before["score"]
+    assert answer()["score"] != old["score"]
     assert events(known) == ["promoting", "promoted", "deployed"]
     version = registry.registered(MODEL, second.version)
     assert version.tags["promoted_by"] == promote.PERSON
     assert version.tags["deployed"] == deploy.place()
     assert version.description.startswith("Passed:")
-    assert "Became champion" in version.description
+    assert "Champion since" in version.description
+    before = registry.registered(MODEL, first.version)
+    assert f"Champion until {version.tags['promoted_at'][:10]}" in before.description
+    assert "deployed" not in before.tags
     assert promote.agree(MODEL).action == "nothing"
 
 
