@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from flows.promote import agree
 from recipes import Recipe
 from tasks import lineage, registry
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel, Version
@@ -44,7 +45,8 @@ def judge(attempt: Attempt) -> Outcome:
     if candidate.proved != "executed":
         return pending(attempt)
 
-    # 2. Nothing new: the champion is this engine, by this recipe.
+    # 2. Nothing new: the champion is this engine, by this recipe. An alias moved by hand is seen to first.
+    agree(recipe.model.name)
     champion = registry.champion(recipe.model.name)
     if champion and registry.made_by(champion, recipe, candidate):
         return unchanged(attempt, champion)
@@ -62,7 +64,7 @@ def judge(attempt: Attempt) -> Outcome:
     # 4. Is what the champion had learned still there?
     previous = forgetting(champion, rival, attempt) if champion and recipe.gate.max_forgetting else None
 
-    # 5. Judge, register, promote.
+    # 5. Judge, register, promote, deploy.
     verdict, measurements = decide(judged, scores, timing, attempt.dataset, recipe.gate, unmeasured, previous)
     attempt = replace(
         attempt,
@@ -81,6 +83,9 @@ def judge(attempt: Attempt) -> Outcome:
     if recipe.promote == "manual":
         return _outcome("registered", attempt, version, ("promotion is manual: set the alias in MLflow",))
     promoted = registry.promote(version, champion.version.version if champion else None)
+    done = agree(recipe.model.name)
+    if done.champion != version.version:
+        return _outcome("refused", attempt, replace(promoted, alias=None), (done.reason,))
     return _outcome("promoted", attempt, promoted, ())
 
 

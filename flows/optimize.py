@@ -12,6 +12,7 @@ from prefect import flow
 import recipes
 from flows.judge import Outcome, judge, log_failure
 from recipes import Recipe
+from tasks import ledger
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
 from tasks.build import build, host, precision
 from tasks.calibrate import calibrate
@@ -38,7 +39,8 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
 
 
 def _optimize(recipe: Recipe) -> Outcome:
-    # 1. Metric, rows and weights: checked here, before anything costly.
+    # 1. Ledger, metric, rows and weights: checked here, before anything costly.
+    ledger.address()
     check(recipe.gate, len(recipe.data.labels))
     found = {
         "data": content(recipe.data),

@@ -80,7 +80,7 @@ def baseline(version: Version) -> tuple[OnnxModel, Engine]:
     content = manifest(version)
     retrained = content.get("retrained") or {}
     run = retrained.get("baseline_run", version.run_id)
-    source = registry.manifest_of(run) if run != version.run_id else content
+    source = registry.noted(run) if run != version.run_id else content
     facts = source["onnx"]["baseline"]
     blob = _bring(Blob(**facts["blob"]), f"runs:/{run}/onnx/baseline", version)
     model = OnnxModel(blob, facts["format"], facts["facts"])

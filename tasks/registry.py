@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ import yaml
 from prefect import task
 
 from recipes.schema import Recipe
-from tasks import store
+from tasks import ledger, store
 from tasks.artifacts import Engine, Version
 from tasks.errors import InputError
 from tasks.manifest import Attempt, manifest, metrics
 from tasks.measurements import measurements_from_json
 from tasks.previous import held_out
-from tasks.registry_engine import default_uri, fetch, log_model, pack, plan_address, run, shared, unpack
+from tasks.registry_alias import CHAMPION, GONE, aliased, client, promote
+from tasks.registry_engine import fetch, log_model, pack, plan_address, run, shared, unpack
 from tasks.report import report
 from tasks.running import labels
 from tasks.stage import NETWORK
@@ -33,19 +35,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
-
-
-def client() -> MlflowClient:
-    """MLflow's client, on MLFLOW_TRACKING_URI or else on SQLite below the state folder."""
-    import mlflow
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        store.prepare()
-        uri = default_uri()
-    mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient()
+__all__ = ["CHAMPION", "client", "promote"]  # and what is defined here
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Champion:
 def champion(model: str) -> Champion | None:
     """The champion, its files checked against their digests; None without one."""
     mlflow = client()
-    version = _aliased(mlflow, model, CHAMPION)
+    version = aliased(mlflow, model, CHAMPION)
     if version is None:
         return None
     with store.staging() as folder:
@@ -86,7 +76,8 @@ def unmeasurable(champion: Champion, candidate: Engine) -> str | None:
     """Why the champion cannot be measured beside the candidate here; None when it can."""
     here, there = candidate.plan, champion.engine.plan
     name = f"version {champion.version.version}"
-    if champion.version.gate != "passed":
+    model, number = champion.version.model, champion.version.version
+    if champion.version.gate != "passed" and not ledger.override(ledger.lines(model), number):
         return f"{name} carries the alias with gate={champion.version.gate}; remove the alias"
     if labels(champion.engine) != labels(candidate):
         return f"{name} has other labels: {', '.join(labels(champion.engine))}"
@@ -105,7 +96,7 @@ def elsewhere(champion: Champion, candidate: Engine) -> bool:
 
 def current(model: str) -> Version | None:
     """The version that carries the champion alias; None without one."""
-    found = _aliased(client(), model, CHAMPION)
+    found = aliased(client(), model, CHAMPION)
     return version_of(found, model) if found else None
 
 
@@ -151,22 +142,6 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
     return version_of(mlflow.get_model_version(model, registered.version), model)
 
 
-@task(name="promote", persist_result=False, **NETWORK)
-def promote(version: Version, judged_against: str | None) -> Version:
-    """Give the version the champion alias; it must have passed the gate, against today's champion."""
-    assert version.gate == "passed", f"version {version.version} has gate={version.gate}"
-    mlflow = client()
-    holder = _aliased(mlflow, version.model, CHAMPION)
-    now = str(holder.version) if holder else None
-    if now not in (judged_against, version.version):
-        raise InputError(
-            f"{version.model} version {version.version} passed against champion {judged_against}, and "
-            f"version {now} took the alias meanwhile; run again to be judged against it"
-        )
-    mlflow.set_registered_model_alias(version.model, CHAMPION, version.version)
-    return version_of(mlflow.get_model_version(version.model, version.version), version.model)
-
-
 @dataclass(frozen=True)
 class Judged:
     """What a run logged of its judgement."""
@@ -180,20 +155,94 @@ class Judged:
 def judged(run_id: str) -> Judged:
     """The recipe, measurements and verdict of a run; raises InputError for a run that was not judged."""
     import mlflow
+
+    client()
+    with tempfile.TemporaryDirectory() as scratch, _logged(f"run {run_id}: no verdict was logged here"):
+        numbers = json.loads(manifest_file(run_id).read_text())["metrics"]
+        gate = Path(
+            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
+        )
+        recipe = mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml")
+        found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
+    return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"], numbers)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What MLflow says of a version."""
+
+    model: str
+    version: str
+    run_id: str
+    tags: dict[str, str]
+    description: str
+
+
+def registered(model: str, version: str) -> Registered:
+    """A version by its number; raises InputError where there is none."""
     from mlflow.exceptions import MlflowException
 
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            client()
-            numbers = json.loads(manifest_file(run_id).read_text())["metrics"]
-            gate = Path(
-                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
-            )
-            recipe = mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml")
-            found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
-        except (MlflowException, OSError) as error:
-            raise InputError(f"run {run_id}: no verdict was logged here ({error})") from error
-    return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"], numbers)
+    try:
+        found = client().get_model_version(model, version)
+    except MlflowException as error:
+        if error.error_code not in GONE:
+            raise
+        raise InputError(f"there is no version {version} of {model} ({error.message})") from error
+    return Registered(model, version, found.run_id or "", dict(found.tags), found.description or "")
+
+
+def engine_of(model: str, version: str) -> Engine:
+    """A version's engine, brought into the store; raises InputError when it is altered or gone."""
+    client()
+    with store.staging() as folder, _logged(f"version {version} of {model}"):
+        return unpack(fetch(f"models:/{model}/{version}", folder / "download"), folder)
+
+
+def recipe_of(run_id: str) -> Recipe:
+    """The recipe that a run logged."""
+    import mlflow
+
+    client()
+    with _logged(f"run {run_id}"):
+        return Recipe.model_validate(
+            yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml"))
+        )
+
+
+def manifest_of(run_id: str) -> dict[str, Any]:
+    """The manifest that a run logged, as it lies in MLflow now."""
+    import mlflow
+
+    client()
+    with _logged(f"run {run_id}"):
+        content: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/manifest.json"))
+    return content
+
+
+def checkpoint_digest(run_id: str) -> str:
+    """The digest of the checkpoint that a run logged, as it lies in MLflow now."""
+    client()
+    with store.staging() as folder, _logged(f"run {run_id}"):
+        return store.digest(fetch(f"runs:/{run_id}/checkpoint", folder / "checkpoint"))
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Say in words what is not in MLflow or not whole; that MLflow does not answer stays as it is."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, KeyError) as error:
+        raise InputError(f"{what}: an artifact is not in MLflow ({error})") from error
+    except MlflowException as error:
+        if error.error_code not in GONE:
+            raise
+        raise InputError(f"{what}: an artifact is not in MLflow ({error.message})") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what}: an artifact cannot be read ({error})") from error
 
 
 def record_failure(recipe: dict[str, Any], error: BaseException) -> str:
@@ -263,17 +312,6 @@ def _create_version(
     return mlflow.create_model_version(model, uri, run_id=run_id, tags=tags, description=reason)
 
 
-def _aliased(mlflow: MlflowClient, model: str, alias: str) -> ModelVersion | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return mlflow.get_model_version_by_alias(model, alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
 def _known(mlflow: MlflowClient, model: str, key: str) -> ModelVersion | None:
     found = mlflow.search_model_versions(f"name = '{model}' and tags.key = '{key}'")
     return mlflow.get_model_version(model, found[0].version) if found else None
@@ -303,8 +341,8 @@ def version_of(found: ModelVersion, model: str) -> Version:
     return Version(model, str(found.version), found.run_id, found.tags["gate"], alias, place)
 
 
-def manifest_of(run_id: str) -> dict[str, Any]:
-    """What a run wrote down of everything that it made."""
+def noted(run_id: str) -> dict[str, Any]:
+    """The manifest that a run logged, fetched once to this machine."""
     content: dict[str, Any] = json.loads(manifest_file(run_id).read_text())
     return content
 

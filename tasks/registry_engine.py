@@ -22,13 +22,13 @@ from tasks.manifest import Attempt, versions
 EXPERIMENT = "enginehouse"
 SHARED = ("plan", "row")
 """Kinds of blobs that versions share, each in an experiment of its own: `enginehouse-plans`, `-rows`."""
-SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
+SERVED = ("__init__.py", "artifacts.py", "errors.py", "predictor.py", "serving.py", "engines", "types")
 SERVING_LIBRARIES = ("mlflow", "numpy", "onnx", "onnxruntime", "tokenizers", "pandas", "ml_dtypes")
 
 
 def default_uri() -> str:
     """SQLite below the state folder."""
-    return f"sqlite:///{store.home() / 'mlflow.db'}"
+    return store.database()
 
 
 @contextmanager

@@ -50,6 +50,11 @@ def device_bytes(runtime: str) -> int:
     return used_bytes()
 
 
+def executes(flavor: api.Flavor) -> bool:
+    """Whether this host's GPU runs the flavor's engines."""
+    return api.can_execute(flavor)
+
+
 def build(
     model: Path,
     folder: Path,

@@ -7,6 +7,7 @@ Every file has the same few names, and imports only what serving has (NumPy, tok
     collate(examples)               one batch: {input name: array}
     check(value)                    raise InputError for a value that cannot be an input
     size(example)                   one number of an example, to see inputs drift by
+    smoke(folder)                   a few values that any model of this type takes, of different lengths
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class TaskType(Protocol):
     encode: Callable[[Path, Sequence[Any]], list[Example]]
     collate: Callable[[Sequence[Example]], Example]
     size: Callable[[Example], float]
+    smoke: Callable[[Path], list[Any]]
 
 
 def load(name: str) -> TaskType:

@@ -47,3 +47,10 @@ def collate(examples: Sequence[Example]) -> Example:
 def size(example: Example) -> float:
     """The image's mean, after scaling."""
     return float(example["pixel_values"].mean())
+
+
+def smoke(folder: Path) -> list[np.ndarray]:
+    """Two images: a ramp from black to white, and the reverse."""
+    settings = types.settings(folder)
+    ramp = np.linspace(0, 1 / settings["scale"], int(np.prod(settings["shape"])), dtype=np.float32)
+    return [image.reshape(settings["shape"]) for image in (ramp, ramp[::-1])]

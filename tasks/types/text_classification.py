@@ -55,3 +55,8 @@ def collate(examples: Sequence[Example]) -> Example:
 def size(example: Example) -> float:
     """How many tokens the text has, after the cut."""
     return float(example["input_ids"].size)
+
+
+def smoke(folder: Path) -> list[str]:
+    """Two texts of different lengths."""
+    return ["a smoke request", "the second request is a longer one, so that the shorter is padded"]
