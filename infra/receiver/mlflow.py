@@ -47,6 +47,8 @@ async def changed(request: Request) -> JSONResponse:
 def verified(body: bytes, headers: Mapping[str, str]) -> str:
     """The delivery's id, when the signature is ours and fresh; otherwise 401."""
     secret = os.environ.get(SECRET, "").encode()
+    if not secret:
+        raise HTTPException(401, "the receiver has no secret for MLflow: make up gives it one")
     named = {
         f"webhook-{ours}": headers.get(f"x-mlflow-{theirs}", "")
         for ours, theirs in (("id", "delivery-id"), ("timestamp", "timestamp"), ("signature", "signature"))
