@@ -12,8 +12,9 @@ from typing import Any, Literal
 from prefect import flow
 
 import recipes
+from flows.promote import agree
 from recipes import Recipe
-from tasks import registry
+from tasks import ledger, registry
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Version
 from tasks.benchmark import benchmark
 from tasks.build import build, host, machine, precision
@@ -54,7 +55,8 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
 
 
 def _optimize(recipe: Recipe) -> Outcome:
-    # 1. Metric, rows and weights: checked here, before anything costly.
+    # 1. Ledger, metric, rows and weights: checked here, before anything costly.
+    ledger.address()
     check(recipe.gate, len(recipe.data.labels))
     found_data = fingerprint(recipe.data.source, recipe.data.revision, "dataset")
     found_model = fingerprint(recipe.model.source, recipe.model.revision)
@@ -76,7 +78,8 @@ def _optimize(recipe: Recipe) -> Outcome:
     if engines["candidate"].proved != "executed":
         return pending(attempt)
 
-    # 6. Nothing new: the champion is this engine, by this recipe.
+    # 6. Nothing new: the champion is this engine, by this recipe. An alias moved by hand is seen to first.
+    agree(recipe.model.name)
     champion = registry.champion(recipe.model.name)
     if champion and registry.made_by(champion, recipe, engines["candidate"]):
         return unchanged(attempt, champion)
@@ -112,6 +115,11 @@ def _optimize(recipe: Recipe) -> Outcome:
     if recipe.promote == "manual":
         return _outcome("registered", attempt, version, ("promotion is manual: set the alias in MLflow",))
     promoted = registry.promote(version, champion.version.version if champion else None)
+
+    # 9. Deploy it.
+    done = agree(recipe.model.name)
+    if done.champion != version.version:
+        return _outcome("refused", attempt, replace(promoted, alias=None), (done.reason,))
     return _outcome("promoted", attempt, promoted, ())
 
 

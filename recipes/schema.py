@@ -132,6 +132,21 @@ class Benchmark(Section):
     warmup: int = Field(3, ge=1)
 
 
+class Triton(Section):
+    """What a Triton model repository says of the engine; requests wait at most `max_queue_delay_us`."""
+
+    instances: int = Field(1, ge=1)
+    max_queue_delay_us: int = Field(100, ge=0)
+    preferred_batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+
+class Deploy(Section):
+    """What follows a promotion: the serving folder, with the last `keep` versions; `deploy: null` is none."""
+
+    keep: int = Field(3, ge=1)
+    triton: Triton | None = Triton()
+
+
 class Recipe(Section):
     """Everything one run needs; `name` is the file's name."""
 
@@ -148,6 +163,7 @@ class Recipe(Section):
     benchmark: Benchmark = Benchmark()
     gate: Gate
     promote: Literal["auto", "manual"] = "auto"
+    deploy: Deploy | None = Deploy()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
@@ -162,4 +178,9 @@ class Recipe(Section):
             raise ValueError("gate: nothing holds the quality; set max_drop, min_ratio or floors")
         if max(self.benchmark.batch_sizes) > self.build.max_batch:
             raise ValueError("benchmark.batch_sizes goes beyond build.max_batch")
+        sizes = self.deploy.triton.preferred_batch_sizes if self.deploy and self.deploy.triton else ()
+        if max(sizes, default=0) > self.build.max_batch:
+            raise ValueError("deploy.triton.preferred_batch_sizes goes beyond build.max_batch")
+        if self.deploy and self.model.name == "triton":
+            raise ValueError("model.name: triton is the serving folder's own; take another name")
         return self

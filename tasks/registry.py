@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from tasks.artifacts import Engine, Version
 from tasks.errors import InputError
 from tasks.manifest import Attempt, manifest, metrics
 from tasks.measurements import measurements_from_json
-from tasks.registry_engine import default_uri, fetch, log_model, pack, plan_address, run, unpack
+from tasks.registry_alias import CHAMPION, GONE, aliased, client, promote
+from tasks.registry_engine import fetch, log_model, pack, plan_address, run, unpack
 from tasks.report import report
 from tasks.running import labels
 from tasks.stage import NETWORK
@@ -32,19 +34,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
-
-
-def client() -> MlflowClient:
-    """MLflow's client, on MLFLOW_TRACKING_URI or else on SQLite below the state folder."""
-    import mlflow
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        store.prepare()
-        uri = default_uri()
-    mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient()
+__all__ = ["CHAMPION", "client", "promote"]  # and what is defined here
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class Champion:
 def champion(model: str) -> Champion | None:
     """The champion, its files checked against their digests; None without one."""
     mlflow = client()
-    version = _aliased(mlflow, model, CHAMPION)
+    version = aliased(mlflow, model, CHAMPION)
     if version is None:
         return None
     with store.staging() as folder:
@@ -125,22 +115,6 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
     return _version(mlflow.get_model_version(model, registered.version), model)
 
 
-@task(name="promote", persist_result=False, **NETWORK)
-def promote(version: Version, judged_against: str | None) -> Version:
-    """Give the version the champion alias; it must have passed the gate, against today's champion."""
-    assert version.gate == "passed", f"version {version.version} has gate={version.gate}"
-    mlflow = client()
-    holder = _aliased(mlflow, version.model, CHAMPION)
-    now = str(holder.version) if holder else None
-    if now not in (judged_against, version.version):
-        raise InputError(
-            f"{version.model} version {version.version} passed against champion {judged_against}, and "
-            f"version {now} took the alias meanwhile; run again to be judged against it"
-        )
-    mlflow.set_registered_model_alias(version.model, CHAMPION, version.version)
-    return _version(mlflow.get_model_version(version.model, version.version), version.model)
-
-
 @dataclass(frozen=True)
 class Judged:
     """What a run logged of its judgement."""
@@ -154,20 +128,94 @@ class Judged:
 def judged(run_id: str) -> Judged:
     """The recipe, measurements and verdict of a run; raises InputError for a run that was not judged."""
     import mlflow
+
+    client()
+    with tempfile.TemporaryDirectory() as scratch, _logged(f"run {run_id}: no verdict was logged here"):
+        numbers = json.loads(_manifest(run_id).read_text())["metrics"]
+        gate = Path(
+            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
+        )
+        recipe = mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml")
+        found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
+    return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"], numbers)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What MLflow says of a version."""
+
+    model: str
+    version: str
+    run_id: str
+    tags: dict[str, str]
+    description: str
+
+
+def registered(model: str, version: str) -> Registered:
+    """A version by its number; raises InputError where there is none."""
     from mlflow.exceptions import MlflowException
 
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            client()
-            numbers = json.loads(_manifest(run_id).read_text())["metrics"]
-            gate = Path(
-                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
-            )
-            recipe = mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml")
-            found = {name: (gate / f"{name}.json").read_bytes() for name in ("measurements", "verdict")}
-        except (MlflowException, OSError) as error:
-            raise InputError(f"run {run_id}: no verdict was logged here ({error})") from error
-    return Judged(yaml.safe_load(recipe), found["measurements"], found["verdict"], numbers)
+    try:
+        found = client().get_model_version(model, version)
+    except MlflowException as error:
+        if error.error_code not in GONE:
+            raise
+        raise InputError(f"there is no version {version} of {model} ({error.message})") from error
+    return Registered(model, version, found.run_id or "", dict(found.tags), found.description or "")
+
+
+def engine_of(model: str, version: str) -> Engine:
+    """A version's engine, brought into the store; raises InputError when it is altered or gone."""
+    client()
+    with store.staging() as folder, _logged(f"version {version} of {model}"):
+        return unpack(fetch(f"models:/{model}/{version}", folder / "download"), folder)
+
+
+def recipe_of(run_id: str) -> Recipe:
+    """The recipe that a run logged."""
+    import mlflow
+
+    client()
+    with _logged(f"run {run_id}"):
+        return Recipe.model_validate(
+            yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml"))
+        )
+
+
+def manifest_of(run_id: str) -> dict[str, Any]:
+    """The manifest that a run logged, as it lies in MLflow now."""
+    import mlflow
+
+    client()
+    with _logged(f"run {run_id}"):
+        content: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/manifest.json"))
+    return content
+
+
+def checkpoint_digest(run_id: str) -> str:
+    """The digest of the checkpoint that a run logged, as it lies in MLflow now."""
+    client()
+    with store.staging() as folder, _logged(f"run {run_id}"):
+        return store.digest(fetch(f"runs:/{run_id}/checkpoint", folder / "checkpoint"))
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Say in words what is not in MLflow or not whole; that MLflow does not answer stays as it is."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, KeyError) as error:
+        raise InputError(f"{what}: an artifact is not in MLflow ({error})") from error
+    except MlflowException as error:
+        if error.error_code not in GONE:
+            raise
+        raise InputError(f"{what}: an artifact is not in MLflow ({error.message})") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what}: an artifact cannot be read ({error})") from error
 
 
 def record_failure(recipe: dict[str, Any], error: BaseException) -> str:
@@ -226,17 +274,6 @@ def _create_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     return mlflow.create_model_version(model, uri, run_id=run_id, tags=tags, description=reason)
-
-
-def _aliased(mlflow: MlflowClient, model: str, alias: str) -> ModelVersion | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return mlflow.get_model_version_by_alias(model, alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
 
 
 def _known(mlflow: MlflowClient, model: str, key: str) -> ModelVersion | None:

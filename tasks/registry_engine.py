@@ -21,13 +21,13 @@ from tasks.manifest import Attempt, versions
 
 EXPERIMENT = "enginehouse"
 PLANS = "enginehouse-plans"
-SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
+SERVED = ("__init__.py", "artifacts.py", "errors.py", "predictor.py", "serving.py", "engines", "types")
 SERVING_LIBRARIES = ("mlflow", "numpy", "onnx", "onnxruntime", "tokenizers", "pandas", "ml_dtypes")
 
 
 def default_uri() -> str:
     """SQLite below the state folder."""
-    return f"sqlite:///{store.home() / 'mlflow.db'}"
+    return store.database()
 
 
 @contextmanager

@@ -15,42 +15,23 @@ import numpy as np
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
-from tasks import types
-from tasks.engines import open_engine
 from tasks.errors import InputError
+from tasks.predictor import Predictor
 
 
 class EngineModel(PythonModel):
-    """Preprocess, run the engine in batches, decode."""
+    """MLflow's side of a `Predictor`."""
 
     def load_context(self, context: Any) -> None:
         """Open plan and weights on this machine."""
         folder = Path(context.artifacts["engine"])
-        manifest = json.loads((folder / "engine.json").read_text())
-        weights = folder / "weights"
-        self.preprocessor = folder / "preprocessor"
-        self.settings = types.settings(self.preprocessor)
-        self.largest_batch = int(manifest["max_batch"])
-        plan = _plan(folder, manifest["plan_address"])
-        self.session = open_engine(manifest["plan"]["runtime"], plan, weights if weights.is_dir() else None)
+        address = json.loads((folder / "engine.json").read_text())["plan_address"]
+        self.predictor = Predictor(folder, _plan(folder, address))
 
     # MLflow warns without a hint, and takes any but an array's for a schema of its own.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> list[dict[str, Any]]:
         """One `{"label", "score"}` per input; a bad input is named by its place."""
-        values = _values(model_input)
-        kind = types.load(self.settings["type"])
-        for place, value in enumerate(values):
-            try:
-                kind.check(value)
-            except InputError as error:
-                raise InputError(f"input {place}: {error}") from None
-        encoded = kind.encode(self.preprocessor, values)
-        found: list[dict[str, Any]] = []
-        for start in range(0, len(encoded), self.largest_batch):
-            batch = kind.collate(encoded[start : start + self.largest_batch])
-            (logits,) = self.session.run(batch).values()
-            found += types.decode(np.asarray(logits), self.settings["labels"])
-        return found
+        return self.predictor.predict(_values(model_input))
 
 
 def _plan(folder: Path, address: str | None) -> Path:

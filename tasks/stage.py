@@ -25,6 +25,7 @@ from prefect.cache_policies import CacheKeyFnPolicy
 
 from tasks import slots, store
 from tasks.artifacts import Blob, Checkpoint, Engine
+from tasks.errors import InputError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +85,12 @@ def stage(
 def passing(_task: Any, _run: Any, state: Any) -> bool:
     """Whether a failure may pass by itself: a lost connection, a slow service, a locked database."""
     error = state.result(raise_on_failure=False)
-    names = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, InputError):
+        return False
+    names: set[str] = set()
+    while error is not None:  # MLflow tells of a lost connection by an error of its own
+        names |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
     return bool(
         names & {"ConnectionError", "TimeoutError", "OperationalError", "RestException", "HfHubHTTPError"}
     )

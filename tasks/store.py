@@ -32,6 +32,11 @@ def home() -> Path:
     return Path(os.environ.get("ENGINEHOUSE_HOME", "~/.enginehouse")).expanduser().absolute()
 
 
+def database() -> str:
+    """The address of the one database, SQLite, where no other is named: MLflow's tables and the ledger."""
+    return f"sqlite:///{home() / 'mlflow.db'}"
+
+
 def prepare() -> Path:
     """Make the state folder; raises InputError when it cannot be written or has next to no room."""
     with explained(home()):

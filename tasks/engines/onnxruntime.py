@@ -30,12 +30,13 @@ from tasks.engines.onnxruntime_session import (
     check_plan,
     device,
     open,
+    open_file,
     table_problem,
     version,
 )
 from tasks.errors import InputError
 
-__all__ = ["OrtSession", "build", "device", "open", "parity", "proof", "refit", "version"]
+__all__ = ["OrtSession", "build", "device", "open", "open_file", "parity", "proof", "refit", "version"]
 
 RUNTIME = "onnxruntime"
 

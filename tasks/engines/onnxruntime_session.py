@@ -154,6 +154,29 @@ def start(
         raise InputError(f"ONNX Runtime {version()} cannot open {model} at level {level}: {error}") from error
 
 
+def open_file(model: Path, level: str) -> OrtSession:
+    """A session on a file with its outside data beside it, with a level and no option of ours.
+
+    That is how other servers open it: they know levels, but not the entries that `session_options` sets.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = _level(level)
+    try:
+        return OrtSession(ort.InferenceSession(str(model), options, providers=[providers.NAMES["cpu"]]))
+    except Exception as error:  # onnxruntime's exception classes share no public base
+        raise InputError(f"ONNX Runtime {version()} cannot open {model} at level {level}: {error}") from error
+
+
+def _level(level: str) -> Any:
+    import onnxruntime as ort
+
+    name = "ORT_DISABLE_ALL" if level == "disabled" else f"ORT_ENABLE_{level.upper()}"
+    return getattr(ort.GraphOptimizationLevel, name)
+
+
 def session_options(level: str, threads: int | None, host: str) -> Any:
     """Session options for a host class.
 
@@ -167,8 +190,7 @@ def session_options(level: str, threads: int | None, host: str) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    name = "ORT_DISABLE_ALL" if level == "disabled" else f"ORT_ENABLE_{level.upper()}"
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, name)
+    options.graph_optimization_level = _level(level)
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -6,6 +6,7 @@ Every file has the same few names, and imports only what serving has (NumPy, tok
     encode(folder, values)          one dictionary of arrays per example
     collate(examples)               one batch: {input name: array}
     check(value)                    raise InputError for a value that cannot be an input
+    smoke(folder)                   a few values that any model of this type takes, of different lengths
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class TaskType(Protocol):
     check: Callable[[Any], None]
     encode: Callable[[Path, Sequence[Any]], list[Example]]
     collate: Callable[[Sequence[Example]], Example]
+    smoke: Callable[[Path], list[Any]]
 
 
 def load(name: str) -> TaskType:

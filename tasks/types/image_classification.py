@@ -42,3 +42,10 @@ def encode(folder: Path, values: Sequence[Any]) -> list[Example]:
 def collate(examples: Sequence[Example]) -> Example:
     """Stack to shape (batch, channels, height, width)."""
     return {"pixel_values": np.stack([example["pixel_values"] for example in examples])}
+
+
+def smoke(folder: Path) -> list[np.ndarray]:
+    """Two images: a ramp from black to white, and the reverse."""
+    settings = types.settings(folder)
+    ramp = np.linspace(0, 1 / settings["scale"], int(np.prod(settings["shape"])), dtype=np.float32)
+    return [image.reshape(settings["shape"]) for image in (ramp, ramp[::-1])]

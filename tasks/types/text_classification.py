@@ -50,3 +50,8 @@ def collate(examples: Sequence[Example]) -> Example:
         name: np.stack([np.pad(example[name], (0, length - len(example[name]))) for example in examples])
         for name in INPUTS
     }
+
+
+def smoke(folder: Path) -> list[str]:
+    """Two texts of different lengths."""
+    return ["a smoke request", "the second request is a longer one, so that the shorter is padded"]

@@ -1,0 +1,285 @@
+"""Bring MLflow's alias, the ledger and the serving folder into agreement; roll back.
+
+    python -m flows promote NAME
+    python -m flows rollback NAME [--to V] [--by NAME] [--reason TEXT]
+
+A person moves the alias in MLflow; a webhook or the schedule starts `promote`, which may be run at any time
+and as often as one likes: where everything agrees it does nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from prefect import flow, task
+from prefect.context import FlowRunContext
+
+from flows import history
+from recipes.schema import Deploy
+from tasks import deploy, ledger, registry, registry_alias, verify
+from tasks.errors import InputError
+from tasks.stage import passing, say
+from tasks.verify import Findings
+
+Action = Literal["nothing", "deployed", "promoted", "refused", "withdrawn", "rolled-back"]
+PERSON = "alias in MLflow"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was done for a model, the champion that it ended with, and why."""
+
+    model: str
+    action: Action
+    champion: str | None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@flow(name="promote", flow_run_name="{model}", persist_result=False)
+def promote(model: str) -> Agreement:
+    """One model; what is away meanwhile (MLflow, the database) is waited for."""
+    done: Agreement = _agree_on()(model)
+    return done
+
+
+@flow(name="reconcile", persist_result=False)
+def reconcile() -> list[Agreement]:
+    """Every registered model; one that fails does not keep the others from it."""
+    states = [(model, _agree_on()(model, return_state=True)) for model in registry_alias.models()]
+    failed = [f"{model}: {state.message}" for model, state in states if not state.is_completed()]
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return [state.result() for _, state in states]
+
+
+def _agree_on() -> Any:
+    """`agree` as a task that waits while MLflow or the database is away."""
+    return task(
+        name="agree", retries=20, retry_delay_seconds=6, retry_condition_fn=passing, persist_result=False
+    )(agree)
+
+
+@flow(name="rollback", flow_run_name="{model}", persist_result=False)
+def rollback(
+    model: str, to: str | None = None, by: str = "rollback flow", reason: str = "rolled back"
+) -> Agreement:
+    """The champion before this one, or version `to`."""
+    return back(model, to, by, reason)
+
+
+def agree(model: str) -> Agreement:
+    """Compare alias, ledger and serving folder, and do what is missing; safe to repeat after any crash."""
+    started = time.perf_counter()
+    with ledger.held(model):
+        registry_alias.settle(model)
+        champion, holder = ledger.champion(ledger.lines(model)), registry_alias.alias_of(model)
+        if holder == champion:
+            done = _serve(model, champion)
+        elif holder is None:
+            done = _withdraw(model, champion)
+        else:
+            done = _take(model, champion, holder)
+    if done.action != "nothing":
+        say(f"{model}: {done.action}, champion {done.champion}{f' ({done.reason})' if done.reason else ''}")
+        publish(model)
+    return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
+
+
+def _take(model: str, champion: str | None, version: str) -> Agreement:
+    """A person put the alias on this version: promote it, or put the alias back."""
+    if registry.registered(model, version).tags.get("gate") == "pending":
+        try:
+            gate_pending(model, version)
+        except InputError as error:
+            return _refuse(model, champion, version, str(error))
+    findings = verify.verify(model, version)
+    allowed = ledger.override(ledger.lines(model), version)
+    problems = findings.damage + (() if allowed else findings.judgement)
+    if problems:
+        return _refuse(model, champion, version, "; ".join(problems))
+    section = findings.recipe.deploy if findings.recipe else None
+    try:
+        _prepare(findings, section)
+    except deploy.Unfit as unfit:
+        return _refuse(model, champion, version, f"it cannot serve here: {unfit}")
+    actor = allowed.actor if allowed else PERSON
+    reason = f"override: {allowed.reason}" if allowed else "the alias was set on it"
+    run, facts = findings.registered.run_id, {"digests": findings.digests}
+    registry_alias.move(model, champion, version, "promoted", actor, reason, run, facts)
+    return _switch(findings, section, "promoted", actor)
+
+
+def gate_pending(model: str, version: str) -> None:
+    """Have a version that waits for its gate judged here; raises InputError where that cannot be."""
+    why = verify.elsewhere(registry.manifest_of(registry.registered(model, version).run_id))
+    raise InputError(
+        f"its gate is pending, and {why}: a worker that has the runtime must judge it first"
+        if why
+        else "its gate is pending; run its recipe again here, where the runtime is, to have it judged"
+    )
+
+
+def _refuse(model: str, champion: str | None, version: str, reason: str) -> Agreement:
+    """The reason on the version and in the ledger, then the alias back where it was."""
+    words = f"Not promoted ({_now()}): {reason}."
+    registry_alias.note(model, version, words, {registry_alias.REFUSED: reason})
+    run = registry.registered(model, version).run_id
+    ledger.append(model, "refused", actor=PERSON, before=champion, after=version, run_id=run, reason=reason)
+    registry_alias.set_alias(model, champion)
+    return Agreement(model, "refused", champion, f"version {version}: {reason}")
+
+
+def _withdraw(model: str, champion: str | None) -> Agreement:
+    """A person took the alias off: there is no champion, and what serves goes on serving."""
+    reason = "the alias was taken off; what is deployed goes on serving"
+    ledger.append(model, "withdrawn", actor=PERSON, before=champion, reason=reason)
+    return Agreement(model, "withdrawn", None, reason)
+
+
+def _serve(model: str, champion: str | None) -> Agreement:
+    """Deploy the champion where this machine does not serve it yet and can."""
+    nothing = Agreement(model, "nothing", champion)
+    if champion is None or _deployed_here(model, champion):
+        return nothing
+    run_id = registry.registered(model, champion).run_id
+    recipe = registry.recipe_of(run_id)
+    if recipe.deploy is None or verify.elsewhere(registry.manifest_of(run_id)):
+        return nothing
+    findings = verify.verify(model, champion)
+    try:
+        if findings.damage:
+            raise deploy.Unfit("; ".join(findings.damage))
+        _prepare(findings, recipe.deploy)
+    except deploy.Unfit as unfit:
+        return _demote(findings, str(unfit))
+    return _switch(findings, recipe.deploy, "deployed", registry_alias.PIPELINE)
+
+
+def _deployed_here(model: str, version: str) -> bool:
+    """Whether it serves on this machine, and the ledger says so."""
+    here = [line for line in ledger.lines(model) if line.facts.get("place") == deploy.place()]
+    told = bool(here) and (here[-1].event, here[-1].after) == ("deployed", version)
+    return told and deploy.current(model) == version
+
+
+def _prepare(findings: Findings, section: Deploy | None) -> None:
+    model, version = findings.registered.model, findings.registered.version
+    if section is None or deploy.intact(model, version):
+        return
+    assert findings.recipe is not None
+    assert findings.engine is not None
+    build = findings.recipe.build
+    deploy.prepare(model, version, findings.engine, build.max_batch, section, build.threads)
+
+
+def _switch(findings: Findings, section: Deploy | None, action: Action, actor: str) -> Agreement:
+    """Let the new champion serve; should its smoke request fail, the one before is champion again."""
+    model, version = findings.registered.model, findings.registered.version
+    tags = {"promoted_by": actor, "promoted_at": _now()}
+    if section is not None:
+        try:
+            done = deploy.switch(model, version, section)
+        except deploy.Unfit as unfit:
+            return _demote(findings, str(unfit))
+        facts = {"place": deploy.place(), "seconds": round(done.seconds, 3)}
+        if done.before != version or not _deployed_here(model, version):
+            ledger.append(model, "deployed", actor=actor, before=done.before, after=version, facts=facts)
+        tags["deployed"] = deploy.place()
+    last = ledger.lines(model)[-1]
+    tags["ledger"] = f"{last.number} {last.sha256}"
+    where = f", deployed to {deploy.place()}" if section else ""
+    words = f"Champion since {tags['promoted_at']}, promoted by {actor}{where}."
+    registry_alias.note(model, version, words, tags, drop=[registry_alias.REFUSED])
+    return Agreement(model, action, version)
+
+
+def _demote(findings: Findings, reason: str) -> Agreement:
+    """The champion cannot serve: say so, and make the one before it champion again."""
+    model, version = findings.registered.model, findings.registered.version
+    known = ledger.lines(model)
+    facts = {"place": deploy.place()}
+    serving = deploy.current(model)
+    ledger.append(
+        model, "deploy-failed", actor="deployment", before=serving, after=version, reason=reason, facts=facts
+    )
+    before = next((held for held in reversed(ledger.champions(known)) if held != version), None)
+    why = f"version {version} cannot serve: {reason}"
+    registry_alias.move(model, version, before, "put-back", "deployment", why)
+    registry_alias.note(
+        model, version, f"Not deployed ({_now()}): {reason}.", {registry_alias.REFUSED: reason}
+    )
+    return Agreement(model, "refused", before, why)
+
+
+def back(model: str, to: str | None, by: str, reason: str) -> Agreement:
+    """Restore alias and engine of an earlier champion; quick while it lies in the serving folder."""
+    started = time.perf_counter()
+    with ledger.held(model):
+        registry_alias.settle(model)
+        known = ledger.lines(model)
+        champion = ledger.champion(known)
+        version = to or _earlier(model, known)
+        if version == champion:
+            raise InputError(f"version {version} of {model} is champion already")
+        findings = _candidate(model, version, known)
+        section = findings.recipe.deploy if findings.recipe else None
+        try:
+            _prepare(findings, section)
+        except deploy.Unfit as unfit:
+            raise InputError(f"version {version} of {model} cannot serve here: {unfit}") from unfit
+        run = findings.registered.run_id
+        registry_alias.move(model, champion, version, "rolled-back", by, reason, run)
+        done = _switch(findings, section, "rolled-back", by)
+    publish(model)
+    return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
+
+
+def _earlier(model: str, known: Sequence[ledger.Line]) -> str:
+    champion = ledger.champion(known)
+    earlier = [held for held in ledger.champions(known) if held != champion]
+    if not earlier:
+        raise InputError(f"{model} has had no other champion; name a version with --to")
+    return earlier[-1]
+
+
+def _candidate(model: str, version: str, known: Sequence[ledger.Line]) -> Findings:
+    """A version to roll back to: whole, and once champion, passed or overridden."""
+    if version in ledger.champions(known) and deploy.intact(model, version):
+        registered = registry.registered(model, version)
+        return Findings(registered, registry.recipe_of(registered.run_id), None, {}, (), ())
+    findings = verify.verify(model, version)
+    trusted = version in ledger.champions(known) or ledger.override(known, version)
+    problems = findings.damage + (() if trusted else findings.judgement)
+    if problems:
+        raise InputError(f"version {version} of {model} cannot be champion: {'; '.join(problems)}")
+    return findings
+
+
+def override(model: str, version: str, by: str, reason: str) -> ledger.Line:
+    """Let a version be promoted though its gate refused it; damage is never overridden."""
+    run = registry.registered(model, version).run_id
+    champion = ledger.champion(ledger.lines(model))
+    return ledger.append(
+        model, "override", actor=by, before=champion, after=version, run_id=run, reason=reason
+    )
+
+
+def publish(model: str) -> None:
+    """The ledger as a table in Prefect's UI, when this is a flow run there."""
+    if FlowRunContext.get() is None:
+        return
+    from prefect.artifacts import create_table_artifact
+
+    key = re.sub(r"[^a-z0-9]+", "-", f"history-{model}".lower()).strip("-")
+    words = f"Every move of {model}'s champion, newest first."
+    create_table_artifact(table=history.rows(model), key=key, description=words)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,50 @@
+"""An engine in a folder, as it answers requests: preprocess, run in batches, decode. No MLflow, no torch.
+
+from tasks.predictor import Predictor
+Predictor(Path("~/.enginehouse/serving/NAME/current").expanduser()).predict(["a fine film"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasks import types
+from tasks.engines import open_engine
+from tasks.errors import InputError
+
+
+class Predictor:
+    """`folder` holds engine.json, preprocessor, weights and, unless it is given apart, the plan."""
+
+    def __init__(self, folder: Path, plan: Path | None = None) -> None:
+        self.about: dict[str, Any] = json.loads((folder / "engine.json").read_text())
+        weights = folder / "weights"
+        self.preprocessor = folder / "preprocessor"
+        self.settings = types.settings(self.preprocessor)
+        self.kind = types.load(self.settings["type"])
+        runtime, plan = self.about["plan"]["runtime"], plan or folder / "plan"
+        self.session = open_engine(runtime, plan, weights if weights.is_dir() else None)
+
+    def predict(self, values: Sequence[Any]) -> list[dict[str, Any]]:
+        """One `{"label", "score"}` per value; a bad one is named by its place."""
+        for place, value in enumerate(values):
+            try:
+                self.kind.check(value)
+            except InputError as error:
+                raise InputError(f"input {place}: {error}") from None
+        return types.decode(self.logits(values), self.settings["labels"])
+
+    def logits(self, values: Sequence[Any]) -> np.ndarray:
+        """What the engine gives for values that were checked, of shape (values, classes)."""
+        encoded = self.kind.encode(self.preprocessor, values)
+        largest = int(self.about["max_batch"])
+        found = []
+        for start in range(0, len(encoded), largest):
+            (logits,) = self.session.run(self.kind.collate(encoded[start : start + largest])).values()
+            found.append(np.asarray(logits))
+        return np.concatenate(found)
