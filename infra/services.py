@@ -18,24 +18,12 @@ HEALTH = {"prefect": "/api/health", "mlflow": "/health", "receiver": "/health"}
 
 def commands(setup: Setup, search_path: str = "prefect") -> dict[str, Command]:
     """Each service by name; secrets travel in environments, never in arguments."""
-    pool = (
-        "worker",
-        "start",
-        "--pool",
-        POOL,
-        "--type",
-        "process",
-        "--name",
-        WORKER,
-        "--install-policy",
-        "never",
-    )
     serve = ("uvicorn", "--factory", "infra.receiver.app:app", "--host", HOST, "--no-access-log")
     told = {
         "prefect": (("prefect", "server", "start"), _prefect(setup, search_path)),
         "mlflow": (("mlflow", "server", *_app(setup)), _mlflow(setup)),
         "receiver": ((*serve, "--port", str(setup.ports["receiver"])), _receiver(setup)),
-        "worker": (("prefect", *pool), _worker(setup)),
+        "worker": (("infra.worker",), _worker(setup)),
     }
     return {
         name: Command(name, (sys.executable, "-m", *arguments), setup.telling | environment)
