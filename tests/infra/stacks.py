@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = "digits-cnn"
 PASSED, OTHER, REFUSED = "1", "2", "3"
-RECIPES = """
-from flows.optimize import optimize
-for overrides in ([], ["promote=manual", "benchmark.rounds=6"], ["gate.max_size_ratio=0.01"]):
-    print(optimize("digits-cnn-int8-ptq", overrides).verdict)
-"""
+RECIPES = {
+    "promoted": [],
+    "registered": ["promote=manual", "benchmark.rounds=6"],
+    "refused": ["gate.max_size_ratio=0.01"],
+}
+OPTIMIZE = (
+    "from flows.optimize import optimize\nprint('verdict', optimize('digits-cnn-int8-ptq', {!r}).verdict)"
+)
 
 
 def free_ports(count: int) -> list[int]:
@@ -94,11 +97,12 @@ class Stack:
         lines = self.run("-m", "infra", "status").stdout.splitlines()
         return {line.split()[0]: "up" if line.split()[1] == "up" else "not up" for line in lines}
 
-    def optimize(self) -> None:
-        """Version 1 promoted, 2 passed, 3 refused."""
-        done = self.run("-c", RECIPES)
-        words = [line for line in done.stdout.splitlines() if line in ("promoted", "registered", "refused")]
-        assert words == ["promoted", "registered", "refused"], done.stdout + done.stderr
+    def optimize(self, *verdicts: str) -> None:
+        """Register a version for each verdict: 1 promoted, 2 registered, 3 refused."""
+        code = "\n".join(OPTIMIZE.format(RECIPES[verdict]) for verdict in verdicts)
+        done = self.run("-c", code)
+        words = [line for line in done.stdout.splitlines() if line.startswith("verdict")]
+        assert words == [f"verdict {verdict}" for verdict in verdicts], done.stdout + done.stderr
 
     def client(self) -> dict[str, str]:
         """What `up` wrote for clients."""
