@@ -32,9 +32,16 @@ def table(outcome: Outcome) -> str:
         f"{len(attempt.timeline)} stages in {seconds:.0f} s, {reused} reused; peak memory {peak:.1f} GiB",
         f"manifest  {version.manifest}",
         f"MLflow    {_mlflow()}",
-        f"Prefect   PREFECT_HOME={os.environ['PREFECT_HOME']} {_command('prefect')} server start",
+        f"Prefect   {_prefect()}",
     ]
     return "\n".join(lines)
+
+
+def _prefect() -> str:
+    """Where to look, or the command that shows it."""
+    api = os.environ.get("PREFECT_API_URL", "")
+    own = f"PREFECT_HOME={os.environ['PREFECT_HOME']} {_command('prefect')} server start"
+    return api.removesuffix("/api") or own
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def up() -> int:
     from infra import manage
 
     chosen = setup.load(remember=True)
-    manage.up(chosen)
+    manage.up(chosen, lambda line: print(line, file=sys.stderr, flush=True))
     print(manage.addresses(chosen))
     return 0
 

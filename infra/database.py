@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 from tasks.errors import InputError
 
@@ -25,8 +25,10 @@ def sqlalchemy_url(url: str, schema: str) -> str:
 
 
 def asyncpg_url(url: str) -> str:
-    """The address for Prefect; its schema is a setting of its own."""
-    return urlunsplit(urlsplit(url)._replace(scheme="postgresql+asyncpg"))
+    """The address for Prefect, whose driver says `ssl`; its schema is a setting of its own."""
+    parts = urlsplit(url)
+    mode = dict(parse_qsl(parts.query)).get("sslmode")
+    return urlunsplit(parts._replace(scheme="postgresql+asyncpg", query=f"ssl={mode}" if mode else ""))
 
 
 def prepare(url: str) -> str:

@@ -18,7 +18,7 @@ from tasks.errors import InputError
 PATIENCE = 180.0  # seconds for a service to answer; a first start makes databases
 
 
-def up(setup: Setup) -> None:
+def up(setup: Setup, tell: Callable[[str], None]) -> None:
     """Bring back what is missing or was told something else; what runs as it should is left alone."""
     began = time.time()
     search_path = database.prepare(setup.database) if setup.database else ""
@@ -29,17 +29,19 @@ def up(setup: Setup) -> None:
     keys.write(setup.folder / "client.env", setup.client())
     os.environ.update(setup.client())
     for name in ("prefect", "mlflow", "receiver"):
-        _ensure(setup, commands[name])
+        if not _as_told(setup, commands[name]):
+            tell(f"starting {name} …")
+            process.end(name, setup.folder)
+            _start(setup, commands[name])
     _wait(setup, "prefect", lambda: _answers(setup, "prefect"))
+    tell("applying infra/prefect.yaml …")
     apply.prefect()
     apply.deployments()
-    if not process.running("worker", setup.folder):
-        recover.orphans(setup.folder)
-    started = _ensure(setup, commands["worker"])
+    fresh = _worker(setup, commands["worker"])
     _wait(setup, "mlflow", lambda: _answers(setup, "mlflow"))
     apply.webhook(setup)
     _wait(setup, "receiver", lambda: _answers(setup, "receiver"))
-    _wait(setup, "worker", lambda: _polls(since=began if started else 0))
+    _wait(setup, "worker", lambda: _polls(since=began if fresh else 0))
 
 
 def down(folder: Path) -> None:
@@ -91,16 +93,28 @@ def _free(setup: Setup, commands: dict[str, Command]) -> None:
                 ) from error
 
 
-def _ensure(setup: Setup, command: Command) -> bool:
-    """Start the service unless it runs as told; returns whether it was started."""
-    secret = setup.keys["MLFLOW_FLASK_SERVER_SECRET_KEY"]
-    record = process.running(command.name, setup.folder)
-    if record and record.told == process.told(command, secret):
+def _worker(setup: Setup, command: Command) -> bool:
+    """Start the worker unless it runs as told; what an earlier one left undone is handed out first."""
+    if _as_told(setup, command):
         return False
-    if record or command.name != "worker":  # a dead worker's runs may finish
-        process.end(command.name, setup.folder)
-    process.start(command, setup.folder, secret, inherited())
+    if process.running(command.name, setup.folder):
+        process.end(command.name, setup.folder)  # a dead worker's runs may finish; a living one's start again
+    recover.orphans(setup.folder)
+    _start(setup, command)
     return True
+
+
+def _as_told(setup: Setup, command: Command) -> bool:
+    record = process.running(command.name, setup.folder)
+    return record is not None and record.told == process.told(command, _secret(setup))
+
+
+def _start(setup: Setup, command: Command) -> None:
+    process.start(command, setup.folder, _secret(setup), inherited())
+
+
+def _secret(setup: Setup) -> str:
+    return setup.keys["MLFLOW_FLASK_SERVER_SECRET_KEY"]
 
 
 def _wait(setup: Setup, name: str, ready: Callable[[], bool]) -> None:

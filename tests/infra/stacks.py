@@ -99,10 +99,11 @@ class Stack:
 
     def optimize(self, *verdicts: str) -> None:
         """Register a version for each verdict: 1 promoted, 2 registered, 3 refused."""
+        self.home.mkdir(parents=True, exist_ok=True)
         code = "\n".join(OPTIMIZE.format(RECIPES[verdict]) for verdict in verdicts)
         done = self.run("-c", code)
         words = [line for line in done.stdout.splitlines() if line.startswith("verdict")]
-        assert words == [f"verdict {verdict}" for verdict in verdicts], done.stdout + done.stderr
+        assert words == [f"verdict {verdict}" for verdict in verdicts], (done.stdout + done.stderr)[-3000:]
 
     def client(self) -> dict[str, str]:
         """What `up` wrote for clients."""

@@ -72,7 +72,7 @@ def test_no_secret_is_in_what_a_service_is_started_with(monkeypatch: pytest.Monk
 
 def test_postgresql_is_one_database_with_a_schema_for_each_server() -> None:
     url = database.checked("postgres://u:p%40w@h:1/d?sslmode=require")
-    assert database.asyncpg_url(url) == "postgresql+asyncpg://u:p%40w@h:1/d?sslmode=require"
+    assert database.asyncpg_url(url) == "postgresql+asyncpg://u:p%40w@h:1/d?ssl=require"
     there = database.sqlalchemy_url(url, "mlflow")
     assert there == "postgresql+psycopg://u:p%40w@h:1/d?sslmode=require&options=-csearch_path%3Dmlflow"
 
