@@ -27,7 +27,7 @@ def table(outcome: Outcome) -> str:
     lines += [
         f"manifest  {version.manifest}",
         f"MLflow    {_mlflow()}",
-        f"Prefect   PREFECT_HOME={os.environ['PREFECT_HOME']} {_command('prefect')} server start",
+        f"Prefect   {_prefect()}",
     ]
     return "\n".join(lines)
 
@@ -49,6 +49,13 @@ def _story(attempt: Attempt) -> list[str]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     stages = f"{len(attempt.timeline)} stages in {total:.0f} s, {reused} reused"
     return [*lines, f"{stages}; peak memory {peak:.1f} GiB"]
+
+
+def _prefect() -> str:
+    """Where to look, or the command that shows it."""
+    api = os.environ.get("PREFECT_API_URL", "")
+    own = f"PREFECT_HOME={os.environ['PREFECT_HOME']} {_command('prefect')} server start"
+    return api.removesuffix("/api") or own
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:

@@ -309,7 +309,10 @@ def _create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return mlflow.create_model_version(model, uri, run_id=run_id, tags=tags, description=reason)
+    logged = uri.removeprefix("models:/")  # a server checks that the source is this one's
+    return mlflow.create_model_version(
+        model, uri, run_id=run_id, tags=tags, description=reason, model_id=logged
+    )
 
 
 def _known(mlflow: MlflowClient, model: str, key: str) -> ModelVersion | None:

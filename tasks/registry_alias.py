@@ -14,7 +14,7 @@ from prefect import task
 from tasks import ledger, store
 from tasks.artifacts import Facts, Version
 from tasks.errors import InputError
-from tasks.registry_engine import default_uri
+from tasks.registry_engine import default_uri, read_our_servers_artifacts
 from tasks.stage import NETWORK
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def client() -> MlflowClient:
         store.prepare()
         uri = default_uri()
     mlflow.set_tracking_uri(uri)
+    read_our_servers_artifacts()
     return mlflow.MlflowClient()
 
 

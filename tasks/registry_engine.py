@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tasks import store
 from tasks.artifacts import Blob, Engine, Plan, Proved
@@ -29,6 +30,24 @@ SERVING_LIBRARIES = ("mlflow", "numpy", "onnx", "onnxruntime", "tokenizers", "pa
 def default_uri() -> str:
     """SQLite below the state folder."""
     return store.database()
+
+
+def read_our_servers_artifacts() -> None:
+    """Without a server, what one that `make up` started has stored is read from its folder."""
+    from mlflow import get_tracking_uri
+    from mlflow.store.artifact import artifact_repository_registry as known
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+    from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+
+    def repository(
+        uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
+    ) -> ArtifactRepository:
+        if (tracking_uri or get_tracking_uri()).startswith("http"):
+            return MlflowArtifactsRepository(uri, tracking_uri, registry_uri)
+        return LocalArtifactRepository(str(store.home() / "mlartifacts" / urlsplit(uri).path.strip("/")))
+
+    known._artifact_repository_registry.register("mlflow-artifacts", repository)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
