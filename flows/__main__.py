@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recipes
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.verb == "verdict":
             return _verdict(options)
+        if options.verb == "touched":
+            return _touched(options)
+        if options.verb == "push":
+            return _push(options)
         recipes.load(options.recipe, options.set)
         return _optimize(options)
     except (recipes.RecipeError, InputError) as error:
@@ -65,15 +70,25 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("recipes", help="list the recipes that ship")
     verdict = verbs.add_parser("verdict", help="judge a logged run again; the bytes must be the same")
     verdict.add_argument("run_id", metavar="RUN_ID", help="the MLflow run")
+    touched = verbs.add_parser("touched", help="list the recipes that a push touches")
+    touched.add_argument("commit", help="40 hex digits")
+    touched.add_argument("--before", help="what the branch held before; the commit's parent by default")
+    touched.add_argument("--repository", default=".", metavar="FOLDER", help="a clone that holds both")
+    push = verbs.add_parser("push", help="start the recipes that a push touches, in a checkout of its commit")
+    push.add_argument("repository", help="a name or an address in the allow list")
+    push.add_argument("commit", help="40 hex digits")
+    push.add_argument("--before", help="what the branch held before; none for a new branch")
+    push.add_argument("--branch", default="main")
     return parser
 
 
 def _optimize(options: argparse.Namespace) -> int:
     store.prepare()
-    from flows import summary
+    from flows import artifacts, summary
     from flows.optimize import optimize
 
-    outcome: Outcome = optimize(options.recipe, options.set)
+    with artifacts.tags():
+        outcome: Outcome = optimize(options.recipe, options.set)
     print(summary.table(outcome))
     if options.json:
         print(json.dumps(summary.as_json(outcome)))
@@ -87,6 +102,31 @@ def _verdict(options: argparse.Namespace) -> int:
     sys.stdout.buffer.write(content + b"\n")
     print("the same bytes as logged" if same else "error: NOT the verdict that was logged", file=sys.stderr)
     return 0 if same else FAILED
+
+
+def _touched(options: argparse.Namespace) -> int:
+    from tasks import git
+
+    folder, commit = Path(options.repository), git.commit_id(options.commit)
+    before = git.commit_id(options.before) if options.before and options.before != git.ZEROS else None
+    found = git.touched(folder, git.base(folder, commit, before), commit)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    for recipe in found.recipes:
+        print(recipe)
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from tasks import git, repositories
+
+    git.commit_id(options.commit)
+    repositories.find(options.repository)
+    store.prepare()
+    from flows.push import push
+
+    push(options.repository, options.commit, options.before, options.branch)
+    return 0
 
 
 if __name__ == "__main__":

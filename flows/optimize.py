@@ -12,6 +12,7 @@ from typing import Any, Literal
 from prefect import flow
 
 import recipes
+from flows.artifacts import publish
 from recipes import Recipe
 from tasks import registry
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Version
@@ -47,7 +48,7 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
     plan = recipes.load(recipe, overrides)
     timeline.clear()
     try:
-        return _optimize(plan)
+        return publish(_optimize(plan))
     except Exception as error:
         _log_failure(plan, error)
         raise

@@ -1,0 +1,127 @@
+"""A git push: the recipes that it touches, one run each, once per commit, in a clean checkout of that commit.
+
+python -m flows push REPOSITORY COMMIT --branch BRANCH [--before COMMIT]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
+from prefect.client.schemas.objects import State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Completed
+from prefect.variables import Variable
+
+from flows.commit import mirror, optimize_commit, printable, tags
+from tasks import checkout, git, repositories
+from tasks.errors import InputError
+from tasks.repositories import Repository
+from tasks.stage import NETWORK, say
+from tasks.status import tell
+
+heads = task(name="ask for branches", persist_result=False, **NETWORK)(checkout.heads)
+
+
+@flow(name="push", flow_run_name="{branch} @ {commit:.7}", persist_result=False)
+def push(repository: str, commit: str, before: str | None = None, branch: str = "main") -> State[Any]:
+    """Start what the push of `before`..`commit` to the branch touches; the state's message says what."""
+    commit, branch = git.commit_id(commit), git.branch_name(branch)
+    before = git.commit_id(before) if before and before != git.ZEROS else None
+    allowed = repositories.find(repository)
+    if not allowed.allows(branch):
+        return _done(
+            f"{allowed.name}: pushes to {branch} start nothing (allowed: {', '.join(allowed.branches)})"
+        )
+    place = mirror(allowed)
+    if not checkout.holds(place, branch, commit):
+        return _done(f"{commit[:7]} is not on {branch}: deleted, or replaced by a force push, since")
+    base = checkout.base(place, allowed, commit, before, branch)
+    found = git.touched(place, base, commit)
+    lines = [start(place, allowed, recipe, base, commit, branch) for recipe in found.recipes]
+    return _done("; ".join([*lines, *found.notes]) or f"{commit[:7]} touches no recipe")
+
+
+@flow(name="poll", flow_run_name="{repository}", persist_result=False)
+def poll(repository: str, branch: str | None = None) -> State[Any]:
+    """Ask the repository for its branches, and hand those that moved since the last time to `push`."""
+    allowed = repositories.find(repository)
+    now = {name: tip for name, tip in heads(allowed.url, branch).items() if allowed.allows(name)}
+    moved = []
+    for name, tip in sorted(now.items()):
+        memory = _memory(allowed, name)
+        before = Variable.get(memory)
+        if before == tip:
+            continue
+        assert before is None or isinstance(before, str)
+        values = {"repository": allowed.name, "commit": tip, "before": before, "branch": name}
+        _run(
+            push,
+            "push/commit",
+            values,
+            f"{printable(name)} @ {tip[:7]}",
+            git.push_key(allowed.name, tip, before, name),
+            ["push"],
+        )
+        # Last, so that a poll that dies before it asks again.
+        Variable.set(memory, tip, overwrite=True)
+        moved.append(name)
+    return _done(f"{len(moved)} of {len(now)} branches moved: {', '.join(moved) or 'none'}")
+
+
+def start(place: Path, repository: Repository, recipe: str, base: str, commit: str, branch: str) -> str:
+    """Start one recipe at one commit, unless it was; returns what happened in words."""
+    name = f"{printable(recipe)} @ {commit[:7]}"
+    # A poll sees several pushes as one: what an earlier one started is not started again, if nothing changed.
+    earlier = git.untouched_since(place, base, commit, recipe)
+    taken = _taken([_key(repository, each, recipe) for each in (commit, *earlier)])
+    if taken:
+        return f"{name}: already started as {taken}"
+    tell(repository, commit, recipe, "pending", "waits for a worker")
+    parameters = {"repository": repository.name, "recipe": recipe, "commit": commit, "branch": branch}
+    key = _key(repository, commit, recipe)
+    _run(optimize_commit, "optimize-commit/recipe", parameters, name, key, tags(recipe, commit, branch))
+    return f"{name}: started"
+
+
+def _key(repository: Repository, commit: str, recipe: str) -> str:
+    return f"{repository.name}:{commit}:{recipe}"
+
+
+def _run(
+    flow: Flow[..., Any], deployment: str, parameters: dict[str, Any], name: str, key: str, tags: list[str]
+) -> None:
+    """Through the deployment where a server keeps one, else here and now."""
+    if not PREFECT_API_URL.value():
+        flow.with_options(flow_run_name=name.replace("{", "{{").replace("}", "}}"))(**parameters)
+        return
+    try:
+        run_deployment(
+            deployment, parameters=parameters, flow_run_name=name, idempotency_key=key, tags=tags, timeout=0
+        )
+    except ObjectNotFound:
+        raise InputError(f"Prefect does not know the deployment {deployment}: `make up` applies it") from None
+
+
+def _taken(keys: list[str]) -> str | None:
+    """The name of a run that one of these keys started."""
+    keyed = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=keys))
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=keyed, limit=1)
+    return found[0].name if found else None
+
+
+def _memory(repository: Repository, branch: str) -> str:
+    """The Prefect variable that holds the branch's last seen commit."""
+    return "enginehouse_seen_" + hashlib.sha256(f"{repository.name}\0{branch}".encode()).hexdigest()[:24]
+
+
+def _done(words: str) -> State[Any]:
+    say(words)
+    return Completed(message=words)
