@@ -7,9 +7,15 @@ from pathlib import Path
 
 
 def apply() -> None:
-    """Set what is not set: quiet, no telemetry, results as JSON in the state folder."""
+    """Set what is not set: the services that `make up` started, else none; quiet, no telemetry."""
     home = Path(os.environ.get("ENGINEHOUSE_HOME", "~/.enginehouse")).expanduser().absolute()
-    defaults = {
+    for name, value in (_services(home) | defaults(home)).items():
+        os.environ.setdefault(name, value)
+
+
+def defaults(home: Path) -> dict[str, str]:
+    """Results as JSON in the state folder; nothing is reported to anyone."""
+    return {
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_LOCAL_STORAGE_PATH": str(home / "results"),
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
@@ -27,5 +33,17 @@ def apply() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+
+
+def _services(home: Path) -> dict[str, str]:
+    """What `make up` wrote for clients; a server of your own in the environment is used instead, whole."""
+    try:
+        lines = (home / "services" / "client.env").read_text().splitlines()
+    except OSError:
+        return {}
+    found = dict(line.split("=", 1) for line in lines if "=" in line)
+    if "PREFECT_API_URL" in os.environ:
+        found = {name: value for name, value in found.items() if not name.startswith("PREFECT_")}
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        found = {name: value for name, value in found.items() if name.startswith("PREFECT_")}
+    return found
