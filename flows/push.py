@@ -48,31 +48,38 @@ def push(repository: str, commit: str, before: str | None = None, branch: str = 
     return _done("; ".join([*lines, *found.notes]) or f"{commit[:7]} touches no recipe")
 
 
-@flow(name="poll", flow_run_name="{repository}", persist_result=False)
-def poll(repository: str, branch: str | None = None) -> State[Any]:
-    """Ask the repository for its branches, and hand those that moved since the last time to `push`."""
-    allowed = repositories.find(repository)
-    now = {name: tip for name, tip in heads(allowed.url, branch).items() if allowed.allows(name)}
-    moved = []
-    for name, tip in sorted(now.items()):
-        memory = _memory(allowed, name)
-        before = Variable.get(memory)
-        if before == tip:
-            continue
-        assert before is None or isinstance(before, str)
-        values = {"repository": allowed.name, "commit": tip, "before": before, "branch": name}
-        _run(
-            push,
-            "push/commit",
-            values,
-            f"{printable(name)} @ {tip[:7]}",
-            git.push_key(allowed.name, tip, before, name),
-            ["push"],
-        )
-        # Last, so that a poll that dies before it asks again.
-        Variable.set(memory, tip, overwrite=True)
-        moved.append(name)
-    return _done(f"{len(moved)} of {len(now)} branches moved: {', '.join(moved) or 'none'}")
+@flow(name="poll", persist_result=False)
+def poll(repository: str | None = None, branch: str | None = None) -> State[Any]:
+    """Ask the repository (or every allowed one) for branches that moved, and hand those to `push`."""
+    wanted = [repositories.find(repository)] if repository else list(repositories.configured())
+    return _done("; ".join(_look(each, branch) for each in wanted) or f"{repositories.file()} allows none")
+
+
+def _look(repository: Repository, branch: str | None) -> str:
+    now = {name: tip for name, tip in heads(repository.url, branch).items() if repository.allows(name)}
+    first = _seen(repository, "") is None
+    moved = [name for name, tip in sorted(now.items()) if _follow(repository, name, tip, first)]
+    _remember(repository, "", "known")
+    words = (
+        "seen for the first time, remembered"
+        if first
+        else ", ".join(map(printable, moved)) or "nothing moved"
+    )
+    return f"{repository.name}: {words}"
+
+
+def _follow(repository: Repository, branch: str, tip: str, first: bool) -> bool:
+    """Hand a branch that moved to `push`; whether it did."""
+    before = _seen(repository, branch)
+    if before == tip:
+        return False
+    if not first:
+        values = {"repository": repository.name, "commit": tip, "before": before, "branch": branch}
+        key = git.push_key(repository.name, tip, before, branch)
+        _run(push, "push/commit", values, f"{printable(branch)} @ {tip[:7]}", key, ["push"])
+    # Last, so that a poll that dies before it asks again.
+    _remember(repository, branch, tip)
+    return True
 
 
 def start(place: Path, repository: Repository, recipe: str, base: str, commit: str, branch: str) -> str:
@@ -117,8 +124,16 @@ def _taken(keys: list[str]) -> str | None:
     return found[0].name if found else None
 
 
+def _remember(repository: Repository, branch: str, commit: str) -> None:
+    Variable.set(_memory(repository, branch), commit, overwrite=True)
+
+
+def _seen(repository: Repository, branch: str) -> str | None:
+    found = Variable.get(_memory(repository, branch))
+    return str(found) if found else None
+
+
 def _memory(repository: Repository, branch: str) -> str:
-    """The Prefect variable that holds the branch's last seen commit."""
     return "enginehouse_seen_" + hashlib.sha256(f"{repository.name}\0{branch}".encode()).hexdigest()[:24]
 
 
