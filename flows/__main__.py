@@ -15,9 +15,9 @@ from tasks import store
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
-    from flows.optimize import Outcome
+    from flows.judge import Outcome
 
-STATUS = {"promoted": 0, "registered": 0, "built": 4, "refused": 3}
+STATUS = {"promoted": 0, "registered": 0, "unchanged": 0, "built": 4, "refused": 3}
 BAD_INPUT, FAILED = 2, 1
 
 
@@ -34,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _touched(options)
         if options.verb == "push":
             return _push(options)
-        recipes.load(options.recipe, options.set)
-        return _optimize(options)
+        if options.verb == "prune":
+            return _prune(options)
+        if options.recipe:
+            recipes.load(options.recipe, options.set)
+        return _retrain(options) if options.verb == "retrain" else _optimize(options)
     except (recipes.RecipeError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -57,16 +60,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flows",
         description="Fine-tune, prune, quantize, build, gate and promote.",
-        epilog="Exit status: 0 promoted or registered, 3 refused by the gate, "
+        epilog="Exit status: 0 promoted, registered or nothing changed, 3 refused by the gate, "
         "4 built but not executable here, 2 bad recipe or input, 1 anything else.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     optimize = verbs.add_parser("optimize", help="run a recipe from data to a promoted engine")
     optimize.add_argument("recipe", help="a name in recipes/, or a path to a .yaml file")
-    optimize.add_argument(
-        "--set", action="append", default=[], metavar="section.key=value", help="change one value; repeatable"
+    _common(optimize)
+    retrain = verbs.add_parser("retrain", help="bring a registered model up to its data or a new checkpoint")
+    retrain.add_argument("model", help="the registered model's name")
+    retrain.add_argument("--data", metavar="SOURCE", help="new rows: a path, or a source as in a recipe")
+    retrain.add_argument("--checkpoint", metavar="DIR", help="weights trained elsewhere, instead of training")
+    retrain.add_argument("--recipe", help="a newer recipe than the champion's")
+    retrain.add_argument(
+        "--rebuild", action="store_true", help="retrain anyway, and build instead of refitting"
     )
-    optimize.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
+    _common(retrain)
+    prune = verbs.add_parser("prune", help="remove artifacts that no version, run or ledger line refers to")
+    prune.add_argument("--delete", action="store_true", help="do it; otherwise only say what would go")
+    prune.add_argument("--days", type=float, default=1.0, help="touch nothing younger (1)")
     verbs.add_parser("recipes", help="list the recipes that ship")
     verdict = verbs.add_parser("verdict", help="judge a logged run again; the bytes must be the same")
     verdict.add_argument("run_id", metavar="RUN_ID", help="the MLflow run")
@@ -82,15 +94,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _common(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="change one value; repeatable"
+    )
+    verb.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
+
+
 def _optimize(options: argparse.Namespace) -> int:
     store.prepare()
-    from flows import artifacts, summary
+    from flows import artifacts
     from flows.optimize import optimize
 
     with artifacts.tags():
-        outcome: Outcome = optimize(options.recipe, options.set)
+        outcome = optimize(options.recipe, options.set)
+    return _told(outcome, options.json)
+
+
+def _retrain(options: argparse.Namespace) -> int:
+    store.prepare()
+    from flows.retrain import retrain
+
+    outcome = retrain(
+        options.model, options.data, options.checkpoint, options.recipe, options.set, options.rebuild
+    )
+    return _told(outcome, options.json)
+
+
+def _prune(options: argparse.Namespace) -> int:
+    store.prepare()
+    from flows.prune import prune, table
+
+    print(table(prune(options.delete, options.days), options.delete))
+    return 0
+
+
+def _told(outcome: Outcome, as_json: bool) -> int:
+    from flows import summary
+
     print(summary.table(outcome))
-    if options.json:
+    if as_json:
         print(json.dumps(summary.as_json(outcome)))
     return STATUS[outcome.verdict]
 

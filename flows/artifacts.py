@@ -16,7 +16,7 @@ from tasks import registry
 from tasks.stage import say
 
 if TYPE_CHECKING:
-    from flows.optimize import Outcome
+    from flows.judge import Outcome
 
 PICTURE = re.compile(r"!\[([^]]*)\]\(([\w.]+)\)\n*")
 

@@ -34,7 +34,7 @@ from tasks.status import tell
 BAD_INPUT = 2
 PRIVATE = re.compile(r"^(ENGINEHOUSE_TOKEN_.*|.*WEBHOOK_SECRET.*|PREFECT__.*|PYTHON(PATH|SAFEPATH|HOME))$")
 VERDICTS: dict[str, Told] = {
-    "promoted": "success", "registered": "success", "built": "pending", "refused": "failure",
+    "promoted": "success", "registered": "success", "unchanged": "success", "built": "pending", "refused": "failure",
 }  # fmt: skip
 
 mirror = task(name="fetch", persist_result=False, **NETWORK)(checkout.mirror)
@@ -79,9 +79,11 @@ def run(folder: Path, pushed: Pushed) -> dict[str, Any]:
     lines: list[str] = []
     with _process(command, folder, environment(pushed)) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            get_run_logger().info("%s", line.rstrip())
-            lines = [*lines[-199:], line.rstrip()]
+        for raw in process.stdout:
+            # A progress bar writes over its line again and again: only the last counts.
+            line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
+            get_run_logger().info("%s", line)
+            lines = [*lines[-199:], line]
         status = process.wait()
     result = _json(lines[-1]) if lines else None
     if result is not None and status in (0, 3, 4):
@@ -127,11 +129,11 @@ def _check_name(recipe: str) -> None:
 @contextmanager
 def _process(
     command: list[str], folder: Path, environment: dict[str, str]
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own, which ends with us."""
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
         yield process
@@ -140,7 +142,7 @@ def _process(
             _end(process)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
         try:
             os.killpg(process.pid, sign)

@@ -11,30 +11,44 @@ from typing import TYPE_CHECKING, Any
 from tasks import registry_engine, store
 
 if TYPE_CHECKING:
-    from flows.optimize import Outcome
+    from flows.judge import Outcome
+    from tasks.manifest import Attempt
 
 
 def table(outcome: Outcome) -> str:
     """Engines side by side, then the verdict, the version and the commands that open the two UIs."""
-    attempt = outcome.attempt
-    lines = ["", *_engines(outcome), ""]
-    if attempt.verdict:
-        lines += [f"  {'pass' if rule.passed else 'FAIL'}  {rule.sentence}" for rule in attempt.verdict.rules]
-        lines.append("")
-    version = outcome.version
+    version, attempt = outcome.version, outcome.attempt
     alias = f", alias {version.alias}" if version.alias else ", no alias"
+    lines = ["", *(_attempt(outcome, attempt) if attempt else [])]
     lines.append(f"{outcome.verdict.upper()}: {version.model} version {version.version}{alias}")
     lines += [f"  {reason}" for reason in outcome.reasons]
-    reused = sum(timing.reused for timing in attempt.timeline)
-    seconds = sum(timing.seconds for timing in attempt.timeline)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    if attempt:
+        lines += _story(attempt)
     lines += [
-        f"{len(attempt.timeline)} stages in {seconds:.0f} s, {reused} reused; peak memory {peak:.1f} GiB",
         f"manifest  {version.manifest}",
         f"MLflow    {_mlflow()}",
         f"Prefect   PREFECT_HOME={os.environ['PREFECT_HOME']} {_command('prefect')} server start",
     ]
     return "\n".join(lines)
+
+
+def _attempt(outcome: Outcome, attempt: Attempt) -> list[str]:
+    rules = attempt.verdict.rules if attempt.verdict else ()
+    judged = [f"  {'pass' if rule.passed else 'FAIL'}  {rule.sentence}" for rule in rules]
+    return [*_engines(outcome, attempt), "", *judged, *([""] if judged else [])]
+
+
+def _story(attempt: Attempt) -> list[str]:
+    """How the engine was made, and how long everything took."""
+    lines = []
+    if attempt.retrained:
+        seconds = ", ".join(f"{k} {v:.1f} s" for k, v in attempt.retrained["seconds"].items() if v)
+        lines.append(f"engine {attempt.retrained['engine']} ({seconds}): {attempt.retrained['why']}")
+    reused = sum(timing.reused for timing in attempt.timeline)
+    total = sum(timing.seconds for timing in attempt.timeline)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    stages = f"{len(attempt.timeline)} stages in {total:.0f} s, {reused} reused"
+    return [*lines, f"{stages}; peak memory {peak:.1f} GiB"]
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -52,8 +66,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _engines(outcome: Outcome) -> list[str]:
-    attempt, numbers = outcome.attempt, outcome.metrics
+def _engines(outcome: Outcome, attempt: Attempt) -> list[str]:
+    numbers = outcome.metrics
     metric = attempt.recipe.gate.metric
     sizes = attempt.recipe.benchmark.batch_sizes
     header = ["engine", "format", "runtime", "proved", "MB", f"{metric} (n={attempt.dataset.rows['test']})"]

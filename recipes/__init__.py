@@ -1,6 +1,6 @@
 """What to do: recipes in YAML, their schema, and `load(name)`."""
 
-from recipes.loader import RecipeError, load, names
+from recipes.loader import RecipeError, load, names, parse
 from recipes.schema import Recipe
 
-__all__ = ["Recipe", "RecipeError", "load", "names"]
+__all__ = ["Recipe", "RecipeError", "load", "names", "parse"]

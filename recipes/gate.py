@@ -12,6 +12,7 @@ Ratio = Annotated[float, Field(gt=0)]
 RULES = (
     "max_drop",
     "min_ratio",
+    "max_forgetting",
     "floors",
     "max_size_ratio",
     "max_memory_ratio",
@@ -33,6 +34,8 @@ class Gate(BaseModel):
     """Allowed worsening against baseline and champion, in the metric's unit: 0.02 is 2 points of accuracy."""
     min_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Least candidate / reference of the metric, against baseline and champion: 0.999."""
+    max_forgetting: Annotated[float, Field(gt=0)] | None = None
+    """Allowed worsening against the champion on its own, previous held-out rows, in the metric's unit."""
     floors: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Least metric per slice: {label: {positive: 0.8}} or {any column: {its value: 0.8}}."""
     max_size_ratio: Ratio | None = None
@@ -52,7 +55,7 @@ class Gate(BaseModel):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """Of every interval. The rates of false passes and of false refusals are at most 1 - confidence."""
     on_coarse: Literal["refuse", "warn"] = "refuse"
-    """When the evaluation set cannot tell a drop of `max_drop` from noise."""
+    """When the evaluation set cannot tell a drop of `max_drop` (or `max_forgetting`) from noise."""
     on_missing: Literal["refuse", "pass"] = "refuse"
     """When a rule's measurement is missing. No champion yet is not missing."""
 

@@ -29,14 +29,18 @@ def names() -> list[str]:
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read recipe `name` (or a path to a .yaml file) with `section.key=value` overrides applied."""
     file = _find(name)
-    content = _read(file)
+    return parse({"name": file.stem, **_read(file)}, overrides, str(file))
+
+
+def parse(content: dict[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    """A recipe from its content, with overrides applied; `where` is told in an error."""
     for override in overrides:
         _override(content, override)
     try:
-        return Recipe.model_validate({"name": file.stem, **content})
+        return Recipe.model_validate(content)
     except ValidationError as error:
         lines = [f"  {_explain(detail)}" for detail in error.errors()]
-        raise RecipeError(f"{file}: the recipe is not valid\n" + "\n".join(lines)) from None
+        raise RecipeError(f"{where}: the recipe is not valid\n" + "\n".join(lines)) from None
 
 
 def _find(name: str) -> Path:
@@ -106,7 +110,7 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "string_pattern_mismatch" and where.endswith("source"):
         return (
             f"{where}: {detail['input']!r} is no source; write hub:<id>, path:<file or folder>, "
-            "package:<distribution>/<file suffix> or python:<module>:<function>"
+            "package:<distribution>/<file suffix>, python:<module>:<function> or modelopt:<folder>"
         )
     if detail["type"] == "missing":
         return f"{where}: this key is required"

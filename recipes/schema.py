@@ -9,7 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from recipes.gate import Gate
 
 Source = Annotated[
-    str, StringConstraints(pattern=r"^(hub:[\w.-]+(/[\w.-]+)?|path:.+|package:[\w.-]+/.+|python:[\w.]+:\w+)$")
+    str,
+    StringConstraints(
+        pattern=r"^(hub:[\w.-]+(/[\w.-]+)?|(path|modelopt):.+|package:[\w.-]+/.+|python:[\w.]+:\w+)$"
+    ),
 ]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 # A path of the repository as git's `:(glob)` reads it: `*` stays in a folder, `**` does not.
@@ -24,7 +27,10 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Where the weights come from, and the name the result is registered under."""
+    """Where the weights come from, and the name the result is registered under.
+
+    `modelopt:DIR` is a checkpoint that was pruned or quantized elsewhere: it goes straight to export.
+    """
 
     name: Name
     source: Source
@@ -58,7 +64,8 @@ class Split(Section):
 class Data(Section):
     """Labelled rows: a file, a folder, a package or a hub data set, and how to read it.
 
-    `keep` names further columns, for the gate's floors.
+    `keep` names further columns, for the gate's floors. `query` is SQL (DuckDB's) over Parquet files, which
+    it sees as the table `rows`; its result is the data, whatever else the files hold.
     """
 
     source: Source
@@ -66,6 +73,7 @@ class Data(Section):
     files: tuple[str, ...] = ()
     format: Literal["csv", "json", "parquet"] | None = None
     read: dict[str, Any] = Field(default_factory=dict)
+    query: str | None = None
     keep: tuple[str, ...] = ()
     text: str | None = None
     image: Image | None = None
@@ -101,6 +109,15 @@ class Quantize(Section):
     embeddings: bool = False
     exclude: tuple[str, ...] = ()
     batch_size: int = Field(32, ge=1)
+
+
+class Drift(Section):
+    """When `python -m flows watch` asks for something: shares of activations past a quantizer's range, and
+    the population stability index (PSI) of inputs or scores against the calibration rows."""
+
+    max_overflow: float = Field(0.01, gt=0, lt=1)
+    max_psi: float = Field(0.2, gt=0)
+    min_rows: int = Field(200, ge=20)
 
 
 class Export(Section):
@@ -145,6 +162,9 @@ class Recipe(Section):
     sparsify: Sparsify | None = None
     quantize: Quantize | None = None
     qat: Finetune | None = None
+    retrain: Finetune | None = None
+    """The training of `python -m flows retrain`; without it that of `qat`, else of `finetune`."""
+    drift: Drift = Drift()
     export: Export = Export()
     build: Build = Build()
     benchmark: Benchmark = Benchmark()
@@ -160,10 +180,25 @@ class Recipe(Section):
             raise ValueError(f"task {self.task} needs data.{column}")
         if self.model.source.startswith("python:") and self.finetune is None:
             raise ValueError("a python: model starts from random weights; add a finetune section")
-        if self.quantize is None and self.sparsify is None:
+        if self.compressed_elsewhere:
+            self._nothing_to_train()
+        elif self.quantize is None and self.sparsify is None:
             raise ValueError("nothing is pruned or quantized; add a sparsify or quantize section")
         if not (self.gate.max_drop or self.gate.min_ratio or self.gate.floors):
             raise ValueError("gate: nothing holds the quality; set max_drop, min_ratio or floors")
         if max(self.benchmark.batch_sizes) > self.build.max_batch:
             raise ValueError("benchmark.batch_sizes goes beyond build.max_batch")
         return self
+
+    @property
+    def compressed_elsewhere(self) -> bool:
+        """Whether the weights come with mask and quantizers of their own."""
+        return self.model.source.startswith("modelopt:")
+
+    def _nothing_to_train(self) -> None:
+        sections = ("finetune", "sparsify", "quantize", "qat", "retrain")
+        if given := [name for name in sections if getattr(self, name) is not None]:
+            raise ValueError(
+                f"a modelopt: checkpoint goes straight to export; remove {', '.join(given)}, or start from "
+                "the checkpoint that it was made of"
+            )

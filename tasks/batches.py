@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 
 def examples(dataset: Dataset, part: str, preprocessor: Path) -> tuple[list[Example], np.ndarray]:
     """Every encoded example of a part, and the labels as int64 of shape (rows,)."""
+    labels = np.asarray(rows(dataset, part)["label"], dtype=np.int64)
+    return inputs(dataset, part, preprocessor), labels
+
+
+def inputs(dataset: Dataset, part: str, preprocessor: Path) -> list[Example]:
+    """Every encoded example of a part, labelled or not."""
     kind = types.load(dataset.type)
-    table = rows(dataset, part)
-    encoded = kind.encode(preprocessor, table[kind.COLUMN])
-    return encoded, np.asarray(table["label"], dtype=np.int64)
+    return kind.encode(preprocessor, rows(dataset, part)[kind.COLUMN])
 
 
 def batches(dataset: Dataset, part: str, preprocessor: Path, size: int) -> Iterator[Example]:
     """The part in order, collated into batches of at most `size`."""
     kind = types.load(dataset.type)
-    encoded, _ = examples(dataset, part, preprocessor)
+    encoded = inputs(dataset, part, preprocessor)
     for start in range(0, len(encoded), size):
         yield kind.collate(encoded[start : start + size])
 

@@ -52,6 +52,29 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
         return checkpoints.save(model, config, folder, dataset.type, facts)
 
 
+@stage(
+    uses=("torch", "nvidia-modelopt", "transformers"), name="recalibrate", gpu=True, timeout_seconds=3 * 3600
+)
+def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Checkpoint:
+    """The same quantizers with the ranges of these rows and weights; SmoothQuant's shifts stay."""
+    import torch
+
+    with checkpoints.quiet():
+        import modelopt.torch.quantization as mtq
+
+    model, config = checkpoints.restore(checkpoint)
+    model.to(checkpoints.device())
+    before = checkpoints.quantizers(model)
+    loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "recalibrate")
+    with torch.no_grad(), checkpoints.quiet():
+        model = mtq.calibrate(model, "max", loop)
+    assert checkpoints.quantizers(model) == before
+    with store.staging() as folder:
+        shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
+        facts = {name: value for name, value in checkpoint.facts.items() if name != "curve"}
+        return checkpoints.save(model, config, folder, dataset.type, facts)
+
+
 def quant_config(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, Any]:
     """ModelOpt's configuration, a rule for each module by its name.
 
@@ -84,9 +107,4 @@ def _quantizable(model: nn.Module) -> dict[str, nn.Module]:
 def _counts(model: nn.Module, looked_at: Iterable[str]) -> Facts:
     enabled = checkpoints.quantizers(model)
     touched = {name.rpartition(".")[0] for name in enabled}
-    return {
-        "enabled": len(enabled),
-        "weights": sum(name.endswith(".weight_quantizer") for name in enabled),
-        "inputs": sum(name.endswith(".input_quantizer") for name in enabled),
-        "left_out": sorted(set(looked_at) - touched),
-    }
+    return checkpoints.counted(enabled) | {"left_out": sorted(set(looked_at) - touched)}

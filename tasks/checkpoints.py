@@ -75,6 +75,57 @@ def from_function(target: str, labels: int, seed: int) -> tuple[nn.Module, dict[
     return _classifier(target, labels), {"model_type": "python", "function": target, "labels": labels}
 
 
+def from_modelopt(source: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier that ModelOpt pruned or quantized elsewhere, as `save_pretrained` wrote it."""
+    missing = [name for name in ("config.json", STATE, "model.safetensors") if not (source / name).is_file()]
+    if missing:
+        raise InputError(
+            f"model.source: {source} has no {', '.join(missing)}; save it with save_pretrained under "
+            "mto.enable_huggingface_checkpointing()"
+        )
+    model, config = restore_folder(source)
+    if not quantizers(model) and not sparse_modules(model):
+        raise InputError(f"model.source: nothing in {source} is pruned or quantized; use path: for it")
+    return model, config
+
+
+def compression(model: nn.Module) -> Facts:
+    """What of the network is pruned and quantized, as facts; empty when nothing is."""
+    names, pruned = quantizers(model), sparsity(model)
+    facts: Facts = {"sparsity": pruned} if pruned else {}
+    if names:
+        bits = {str(model.get_submodule(name).num_bits) for name in names}
+        facts |= {"quantizers": counted(names), "format": "fp8" if "(4, 3)" in bits else "int8"}
+    return facts
+
+
+def counted(names: Sequence[str]) -> Facts:
+    """Enabled quantizers by kind."""
+    return {
+        "enabled": len(names),
+        "weights": sum(name.endswith(".weight_quantizer") for name in names),
+        "inputs": sum(name.endswith(".input_quantizer") for name in names),
+    }
+
+
+def plain(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """The network that computes with the same weights, but without mask and quantizers."""
+    import torch
+
+    values = dict(model.state_dict())
+    for name, module in model.named_modules():
+        mask = getattr(module, "_weight_mask", None)
+        if mask is not None:
+            values[f"{name}.weight"] = values[f"{name}.weight"] * mask
+        scale = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
+        if scale is not None:  # SmoothQuant divided the weights by what it multiplies the inputs with
+            values[f"{name}.weight"] = values[f"{name}.weight"] * scale
+    with torch.random.fork_rng():
+        fresh = _network(config)
+    fresh.load_state_dict({name: values[name] for name in fresh.state_dict()})
+    return fresh.eval()
+
+
 def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, facts: Facts) -> Checkpoint:
     """Write the model into a staging folder (which holds the preprocessor already) and commit it."""
     with quiet():
@@ -108,14 +159,7 @@ def restore_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] == "python":
-        model = _classifier(config["function"], config["labels"])
-    else:
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        model = AutoModelForSequenceClassification.from_config(
-            AutoConfig.from_pretrained(folder), attn_implementation="eager"
-        )
+    model = _network(config)
     if (folder / STATE).is_file():
         with quiet():
             import modelopt.torch.opt as mto
@@ -126,6 +170,19 @@ def restore_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     except RuntimeError as error:
         raise InputError(f"the checkpoint does not fit its config: {error}") from error
     return model.eval(), config
+
+
+def _network(config: dict[str, Any]) -> nn.Module:
+    """The network of a config, its weights not yet loaded."""
+    if config["model_type"] == "python":
+        return _classifier(config["function"], config["labels"])
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    values = {name: value for name, value in config.items() if name != "model_type"}
+    model: nn.Module = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(config["model_type"], **values), attn_implementation="eager"
+    )
+    return model
 
 
 def device() -> str:

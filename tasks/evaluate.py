@@ -30,8 +30,9 @@ def check(gate: Gate, classes: int) -> None:
         raise InputError(
             f"gate.metric: {gate.metric} takes a {how.takes}; a classifier gives {' and '.join(TAKEN)}"
         )
-    if how.points and (gate.max_drop or 0) >= 1:
-        raise InputError(f"gate.max_drop: {gate.max_drop} is more than all of it; 2 points are 0.02")
+    for key in ("max_drop", "max_forgetting"):
+        if how.points and (getattr(gate, key) or 0) >= 1:
+            raise InputError(f"gate.{key}: {getattr(gate, key)} is more than all of it; 2 points are 0.02")
     references = np.arange(2 * classes) % classes
     try:
         how.value(_predictions(np.eye(classes)[references], how.takes), references)
@@ -104,8 +105,7 @@ def _parity(
 def _predictions(logits: np.ndarray, takes: str) -> np.ndarray:
     if takes == "label":
         return np.asarray(logits.argmax(axis=1))
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+    return types.probabilities(logits)
 
 
 def loaded(scores: Metrics) -> dict[str, list[Any] | None]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.schema import Data, Label, Model, Split
-from tasks import checkpoints, store, types
+from tasks import checkpoints, query, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
 from tasks.stage import NETWORK, stage
@@ -49,10 +49,18 @@ def fingerprint(source: str, revision: str | None = None, repository: str = "mod
     return store.digest(place) if place.is_dir() else store.file_digest(place)
 
 
+def content(data: Data) -> str:
+    """What the rows are now, as one digest: the source's, or that of the query's result on it."""
+    if data.query is None:
+        return fingerprint(data.source, data.revision, "dataset")
+    table = query.result(data.query, _parquet(data))
+    return query.digest(table)
+
+
 def locate(source: str) -> Path:
-    """The file or folder behind a `path:` or `package:` source (a package is never imported)."""
+    """The file or folder behind a source on this machine (a package is never imported)."""
     kind, _, rest = source.partition(":")
-    if kind == "path":
+    if kind in ("path", "modelopt"):
         place = Path(rest).expanduser()
         if not place.exists():
             raise InputError(f"{source}: no such file or folder (looked at {place.absolute()})")
@@ -79,12 +87,12 @@ def locate(source: str) -> Path:
 def load_data(data: Data, task: str, content: str) -> Dataset:
     """Read, check, label, deduplicate and split the rows; `content` is the source's fingerprint."""
     table, files = _read(data, content)
-    column = types.load(task).COLUMN
-    values = _texts(table, data) if column == "text" else _images(table, data)
+    inputs = column(task)
+    values = _values(table, data, task)
     labels, kept = _labels(table, data)
     unique = _first_of_each(values, kept)
     if not unique:
-        raise InputError(f"data.source {data.source}: no row is left with a label and a {column}")
+        raise InputError(f"data.source {data.source}: no row is left with a label and a {inputs}")
     parts = _split([(k, values[k]) for k in unique], data.split)
     extra = {name: _column(table, name, "data.keep") for name in data.keep}
     with store.staging() as folder:
@@ -92,7 +100,7 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
             _write(
                 folder / f"{part}.parquet",
                 {
-                    column: [values[k] for k in rows],
+                    inputs: [values[k] for k in rows],
                     "label": [labels[k] for k in rows],
                     "file": [files[k] for k in rows],
                     **{name: [column_[k] for k in rows] for name, column_ in extra.items()},
@@ -113,6 +121,17 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
     return Dataset(blob, task, data.labels, {part: len(rows) for part, rows in parts.items()}, facts)
 
 
+@stage(uses=("datasets", "pyarrow"), name="load inputs", timeout_seconds=3600, **NETWORK)
+def load_inputs(data: Data, task: str, content: str) -> Dataset:
+    """Rows without labels, as the one part `inputs`: what a model in use is given."""
+    table, files = _read(data, content, labelled=False)
+    values = _values(table, data, task)
+    with store.staging() as folder:
+        _write(folder / "inputs.parquet", {column(task): values, "file": files})
+        facts = {"source": data.source, "content": content}
+        return Dataset(store.commit(folder), task, data.labels, {"inputs": len(values)}, facts)
+
+
 @stage(uses=("transformers", "torch"), name="load model", timeout_seconds=3600, **NETWORK)
 def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> Checkpoint:
     """The source's weights with a fresh head for the recipe's labels, and the preprocessor beside them."""
@@ -120,6 +139,8 @@ def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> 
         if model.source.startswith("python:"):
             module, config = checkpoints.from_function(model.source.partition(":")[2], len(data.labels), seed)
             config["source_sha256"] = content  # another network may have the same tensors
+        elif model.source.startswith("modelopt:"):
+            module, config = checkpoints.from_modelopt(locate(model.source))
         else:
             module, config = checkpoints.from_pretrained(_weights(model, content), len(data.labels), seed)
         settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
@@ -132,7 +153,13 @@ def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> 
         (folder / "preprocessor" / "settings.json").write_text(json.dumps(settings, sort_keys=True))
         _fits(module, task, folder / "preprocessor", settings)
         facts = {"source": model.source, "content": content, "parameters": checkpoints.parameters(module)}
+        facts |= checkpoints.compression(module)
         return checkpoints.save(module, config, folder, task, facts)
+
+
+def column(task: str) -> str:
+    """The name of the input column of a task type: text or image."""
+    return types.load(task).COLUMN
 
 
 def rows(dataset: Dataset, part: str) -> dict[str, list[Any]]:
@@ -183,13 +210,15 @@ def _tokenizer(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _read(data: Data, content: str) -> tuple[pyarrow.Table, list[str]]:
+def _read(data: Data, content: str, labelled: bool = True) -> tuple[pyarrow.Table, list[str]]:
     """All rows as one table, and the name of the file that each came from."""
     import datasets
     import pyarrow
 
     datasets.disable_progress_bars()
-    if data.source.startswith("hub:"):
+    if data.query is not None:
+        tables = {"query": query.result(data.query, _parquet(data))}
+    elif data.source.startswith("hub:"):
         parts = datasets.load_dataset(
             data.source.removeprefix("hub:"), revision=content, data_files=list(data.files) or None
         )
@@ -202,7 +231,7 @@ def _read(data: Data, content: str) -> tuple[pyarrow.Table, list[str]]:
     if not sum(lengths.values()):
         raise InputError(f"data.source {data.source}: the data is empty")
     if data.image is None:  # only what is used, so that files may differ in the rest
-        tables = {name: _used(part, data, name) for name, part in tables.items()}
+        tables = {name: _used(part, data, name, labelled) for name, part in tables.items()}
     try:
         table = pyarrow.concat_tables(tables.values(), promote_options="permissive")
     except pyarrow.ArrowTypeError as error:
@@ -229,6 +258,20 @@ def _files(data: Data, scratch: Path) -> list[Path]:
     return found
 
 
+def _parquet(data: Data) -> list[Path]:
+    """The Parquet files that a query reads."""
+    if data.source.startswith("hub:"):
+        raise InputError("data.query: a query needs Parquet files on this machine, not a hub: source")
+    place = locate(data.source)
+    found = [place] if place.is_file() else _files(data, place)
+    other = [file.name for file in found if file.suffix != ".parquet"]
+    if other:
+        raise InputError(
+            f"data.query: a query reads Parquet files; {', '.join(other[:3])} is not (data.files)"
+        )
+    return found
+
+
 def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
     from datasets import load_dataset
 
@@ -252,24 +295,27 @@ def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
     return loaded.with_format("arrow")[:] if len(loaded) else loaded.data.table
 
 
-def _used(table: pyarrow.Table, data: Data, file: str) -> pyarrow.Table:
-    """The text and label columns alone."""
+def _used(table: pyarrow.Table, data: Data, file: str, labelled: bool) -> pyarrow.Table:
+    """The text and, with labels, the label and kept columns alone."""
     label = data.label.column if isinstance(data.label, Label) else data.label
-    for key, name in (
-        ("data.text", data.text),
-        ("data.label", label),
-        *(("data.keep", k) for k in data.keep),
-    ):
+    wanted = [("data.text", data.text)]
+    if labelled:
+        wanted += [("data.label", label), *(("data.keep", k) for k in data.keep)]
+    for key, name in wanted:
         if name not in table.column_names:
             has = ", ".join(map(str, table.column_names))
             raise InputError(f"{key}: {file} has no column {name!r}; it has {has}")
-    return table.select(list(dict.fromkeys([data.text, label, *data.keep])))
+    return table.select(list(dict.fromkeys(name for _, name in wanted)))
 
 
 def _column(table: pyarrow.Table, name: str, key: str) -> list[Any]:
     if name not in table.column_names:
         raise InputError(f"{key}: no column {name!r}; there is {', '.join(map(str, table.column_names))}")
     return list(table[name].to_pylist())
+
+
+def _values(table: pyarrow.Table, data: Data, task: str) -> list[Any]:
+    return _texts(table, data) if column(task) == "text" else list(_images(table, data))
 
 
 def _texts(table: pyarrow.Table, data: Data) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema import Recipe
-from tasks.artifacts import Checkpoint, Dataset, Engine, Metrics, OnnxModel, Verdict
+from tasks.artifacts import Checkpoint, Dataset, Engine, Facts, Metrics, OnnxModel, Verdict
 from tasks.stage import Timing
 
 LIBRARIES = (
@@ -31,6 +31,10 @@ class Attempt:
     checkpoints: dict[str, Checkpoint]
     onnx: dict[str, OnnxModel]
     engines: dict[str, Engine]
+    found: dict[str, str] = field(default_factory=dict)
+    """What data and starting weights were, as digests: what a retrain compares with."""
+    retrained: Facts | None = None
+    """Of a retrain: from which version, refitted or built and why, with the seconds of both."""
     scores: dict[str, Metrics] = field(default_factory=dict)
     timing: Metrics | None = None
     verdict: Verdict | None = None
@@ -48,6 +52,8 @@ def manifest(attempt: Attempt) -> dict[str, Any]:
         "host": host(),
         "versions": versions(),
         "data": asdict(attempt.dataset),
+        "found": attempt.found,
+        "retrained": attempt.retrained,
         "sparsity": calibrated.facts.get("sparsity"),
         "quantizers": calibrated.facts.get("quantizers"),
         "checkpoints": {name: _without(asdict(item), "curve") for name, item in attempt.checkpoints.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from tasks.artifacts import Facts, Rule, Verdict
 from tasks.errors import InputError
 
 Rounds = Sequence[Sequence[float]]
+CANDIDATE, BASELINE, CHAMPION = "candidate", "baseline", "champion"
+UNMEASURED = "champion_unmeasured"  # in the facts: why a champion that there is could not be measured
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Measurements:
     """Candidate, baseline and perhaps champion, on the same examples: `engines` has them by these names.
 
     `slices`: column -> its value for each example. `references`: needed where engines carry predictions.
+    `previous`: candidate and champion on the champion's own held-out rows, with their own references.
     """
 
     metric: str
@@ -49,20 +52,32 @@ class Measurements:
     slices: dict[str, Sequence[Any]] = field(default_factory=dict)
     references: Sequence[Any] | None = None
     facts: Facts = field(default_factory=dict)
+    previous: Measurements | None = None
 
 
 def measurements_to_json(measurements: Measurements) -> str:
     """Canonical JSON, exact for every float; what is not finite becomes null."""
-    return _canonical(_plain(asdict(measurements)))
+    return _canonical(_plain(_record(measurements)))
+
+
+def _record(measurements: Measurements) -> dict[str, Any]:
+    """Without `previous` where there is none: the bytes are those of measurements that never had it."""
+    value = asdict(replace(measurements, previous=None))
+    del value["previous"]
+    return value | ({"previous": _record(measurements.previous)} if measurements.previous else {})
 
 
 def measurements_from_json(text: str | bytes) -> Measurements:
     """The measurements that were logged."""
-    value = json.loads(text)
+    return _measurements(json.loads(text))
+
+
+def _measurements(value: dict[str, Any]) -> Measurements:
     for engine in value["engines"].values():
         engine["latency"] = {int(batch): rounds for batch, rounds in engine["latency"].items()}
     value["engines"] = {name: Measured(**engine) for name, engine in value["engines"].items()}
-    return Measurements(**value)
+    previous = _measurements(value["previous"]) if value.get("previous") else None
+    return Measurements(**{**value, "previous": previous})
 
 
 def verdict_bytes(verdict: Verdict) -> bytes:
@@ -113,11 +128,17 @@ def examples_missing(measurements: Measurements, names: tuple[str, ...]) -> str:
 
 def check(measurements: Measurements, metric: str) -> None:
     """The measurements must hold the engines, the metric and the same examples."""
-    absent = [name for name in ("candidate", "baseline") if name not in measurements.engines]
+    absent = [name for name in (CANDIDATE, BASELINE) if name not in measurements.engines]
     if absent:
         raise InputError(
             f"measurements: no {' and no '.join(absent)}; they have {sorted(measurements.engines)}"
         )
+    for part in (measurements, measurements.previous):
+        if part is not None:
+            _fits(part, metric)
+
+
+def _fits(measurements: Measurements, metric: str) -> None:
     if measurements.metric != metric:
         raise InputError(f"measurements are of {measurements.metric!r}, the gate asks for {metric!r}")
     columns = {f"engine {name}": examples(engine) for name, engine in measurements.engines.items()}

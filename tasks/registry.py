@@ -23,7 +23,8 @@ from tasks.artifacts import Engine, Version
 from tasks.errors import InputError
 from tasks.manifest import Attempt, manifest, metrics
 from tasks.measurements import measurements_from_json
-from tasks.registry_engine import default_uri, fetch, log_model, pack, plan_address, run, unpack
+from tasks.previous import held_out
+from tasks.registry_engine import default_uri, fetch, log_model, pack, plan_address, run, shared, unpack
 from tasks.report import report
 from tasks.running import labels
 from tasks.stage import NETWORK
@@ -66,19 +67,19 @@ def champion(model: str) -> Champion | None:
     with store.staging() as folder:
         source = fetch(f"models:/{model}/{version.version}", folder / "download")
         return Champion(
-            _version(version, model), unpack(source, folder), version.tags.get("recipe_sha256", "")
+            version_of(version, model), unpack(source, folder), version.tags.get("recipe_sha256", "")
         )
 
 
 def made_by(champion: Champion, recipe: Recipe, engine: Engine) -> bool:
     """Whether the champion is this engine, from this very recipe, and passed its gate."""
     passed = champion.version.gate == "passed"
-    return passed and same_engine(champion, engine) and champion.recipe == _recipe_digest(recipe)
+    return passed and same_engine(champion.engine, engine) and champion.recipe == _recipe_digest(recipe)
 
 
-def same_engine(champion: Champion, engine: Engine) -> bool:
-    """Whether plan and weights are the champion's, byte for byte."""
-    return (champion.engine.plan.blob, champion.engine.weights) == (engine.plan.blob, engine.weights)
+def same_engine(one: Engine, other: Engine) -> bool:
+    """Whether plan and weights are the same, byte for byte."""
+    return (one.plan.blob, one.weights) == (other.plan.blob, other.weights)
 
 
 def unmeasurable(champion: Champion, candidate: Engine) -> str | None:
@@ -87,12 +88,32 @@ def unmeasurable(champion: Champion, candidate: Engine) -> str | None:
     name = f"version {champion.version.version}"
     if champion.version.gate != "passed":
         return f"{name} carries the alias with gate={champion.version.gate}; remove the alias"
+    if labels(champion.engine) != labels(candidate):
+        return f"{name} has other labels: {', '.join(labels(champion.engine))}"
     for what in ("runtime", "version", "device"):
         if getattr(here, what) != getattr(there, what):
             return f"{name} was made for {what} {getattr(there, what)}, here is {getattr(here, what)}"
-    if labels(champion.engine) != labels(candidate):
-        return f"{name} has other labels: {', '.join(labels(champion.engine))}"
     return None
+
+
+def elsewhere(champion: Champion, candidate: Engine) -> bool:
+    """Whether only the place is in the way: the same network could be built for this runtime and device."""
+    sound = champion.version.gate == "passed" and labels(champion.engine) == labels(candidate)
+    here, there = candidate.plan, champion.engine.plan
+    return sound and (here.runtime, here.version, here.device) != (there.runtime, there.version, there.device)
+
+
+def current(model: str) -> Version | None:
+    """The version that carries the champion alias; None without one."""
+    found = _aliased(client(), model, CHAMPION)
+    return version_of(found, model) if found else None
+
+
+def recipe_content(recipe: Recipe) -> str:
+    """Digest of everything a recipe says but its name and where data and weights lie."""
+    content = recipe.model_dump(mode="json", exclude={"name": True, "model": {"source", "revision"}})
+    content["data"] = {k: v for k, v in content["data"].items() if k not in ("source", "revision")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @task(name="register", persist_result=False, **NETWORK)
@@ -106,8 +127,9 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
     key = _key(attempt, gate)
     known = _known(mlflow, model, key)
     if known is not None:
-        return _version(known, model)
+        return version_of(known, model)
     content, address = manifest(attempt), plan_address(attempt.engines["candidate"])
+    content["held_out"] = _held_out(attempt)
     with run(attempt.recipe.name) as made, tempfile.TemporaryDirectory() as scratch:
         _log(attempt, content, Path(scratch))
         uri = log_model(attempt, Path(scratch), address)
@@ -117,12 +139,16 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
             "runtime": attempt.engines["candidate"].plan.runtime,
             "recipe": attempt.recipe.name,
             "recipe_sha256": _recipe_digest(attempt.recipe),
+            "recipe_content": recipe_content(attempt.recipe),
+            **{f"{name}_content": digest for name, digest in attempt.found.items()},
             "key": key,
         }
+        if attempt.retrained:
+            tags["retrained_from"] = attempt.retrained["from_version"]
         # Last, and whole: a version is there with its gate tag, or it is not there.
         registered = _create_version(mlflow, model, uri, made.info.run_id, tags, reason)
         mlflow.set_tag(made.info.run_id, "gate", gate)
-    return _version(mlflow.get_model_version(model, registered.version), model)
+    return version_of(mlflow.get_model_version(model, registered.version), model)
 
 
 @task(name="promote", persist_result=False, **NETWORK)
@@ -138,7 +164,7 @@ def promote(version: Version, judged_against: str | None) -> Version:
             f"version {now} took the alias meanwhile; run again to be judged against it"
         )
     mlflow.set_registered_model_alias(version.model, CHAMPION, version.version)
-    return _version(mlflow.get_model_version(version.model, version.version), version.model)
+    return version_of(mlflow.get_model_version(version.model, version.version), version.model)
 
 
 @dataclass(frozen=True)
@@ -159,7 +185,7 @@ def judged(run_id: str) -> Judged:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             client()
-            numbers = json.loads(_manifest(run_id).read_text())["metrics"]
+            numbers = json.loads(manifest_file(run_id).read_text())["metrics"]
             gate = Path(
                 mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
             )
@@ -218,12 +244,21 @@ def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
         _report(attempt, store.path(attempt.measurements.blob), scratch / "report")
         mlflow.log_artifacts(str(scratch / "report"), "gate")
     mlflow.log_artifacts(str(store.path(attempt.checkpoints["candidate"].blob)), "checkpoint")
+    if attempt.retrained:  # the rest lies with the version that it came from, or can be made again
+        return
     for name, model in attempt.onnx.items():
         mlflow.log_artifacts(str(store.path(model.blob)), f"onnx/{name}")
     for name, engine in attempt.engines.items():
         if name != "candidate":
             pack(engine, attempt.recipe.build.max_batch, scratch / name)
             mlflow.log_artifacts(str(scratch / name), f"engines/{name}")
+
+
+def _held_out(attempt: Attempt) -> dict[str, Any]:
+    """Where test and calibration rows are kept, once for all versions that share them."""
+    blob = held_out(attempt.dataset)
+    tags = {"source": str(attempt.dataset.facts.get("source"))}
+    return {**asdict(blob), "address": shared(blob, "row", f"rows {blob.sha256[:12]}", tags)}
 
 
 def _report(attempt: Attempt, judged: Path, folder: Path) -> None:
@@ -278,14 +313,21 @@ def _key(attempt: Attempt, gate: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _version(found: ModelVersion, model: str) -> Version:
+def version_of(found: ModelVersion, model: str) -> Version:
+    """What travels of MLflow's entity."""
     assert found.run_id is not None
     alias = CHAMPION if CHAMPION in found.aliases else None
-    place = str(_manifest(found.run_id))
+    place = str(manifest_file(found.run_id))
     return Version(model, str(found.version), found.run_id, found.tags["gate"], alias, place)
 
 
-def _manifest(run_id: str) -> Path:
+def manifest_of(run_id: str) -> dict[str, Any]:
+    """What a run wrote down of everything that it made."""
+    content: dict[str, Any] = json.loads(manifest_file(run_id).read_text())
+    return content
+
+
+def manifest_file(run_id: str) -> Path:
     """The run's manifest as a file of this machine, fetched once."""
     import mlflow
 

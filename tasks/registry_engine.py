@@ -20,7 +20,8 @@ from tasks.errors import InputError
 from tasks.manifest import Attempt, versions
 
 EXPERIMENT = "enginehouse"
-PLANS = "enginehouse-plans"
+SHARED = ("plan", "row")
+"""Kinds of blobs that versions share, each in an experiment of its own: `enginehouse-plans`, `-rows`."""
 SERVED = ("__init__.py", "artifacts.py", "errors.py", "serving.py", "engines", "types")
 SERVING_LIBRARIES = ("mlflow", "numpy", "onnx", "onnxruntime", "tokenizers", "pandas", "ml_dtypes")
 
@@ -57,24 +58,32 @@ def _experiment(name: str) -> str:
 
 def plan_address(engine: Engine) -> str | None:
     """Where MLflow keeps the engine's plan: logged once, whoever uses it; None where it holds the weights."""
-    import mlflow
-
     if engine.weights is None:
         return None
-    plan, experiment = engine.plan, _experiment(PLANS)
+    plan = engine.plan
+    tags = {"graph": plan.graph, "runtime": plan.runtime, "version": plan.version, "device": plan.device}
+    return shared(plan.blob, "plan", f"plan {plan.graph[:12]}", tags)
+
+
+def shared(blob: Blob, kind: str, name: str, tags: dict[str, str]) -> str:
+    """The address of a blob that many versions refer to: logged once, found by its digest."""
+    import mlflow
+
+    experiment = f"{EXPERIMENT}-{kind}s"
     known = mlflow.search_runs(
-        [experiment], filter_string=f"tags.plan = '{plan.blob.sha256}'", max_results=1, output_format="list"
+        [_experiment(experiment)],
+        filter_string=f"tags.{kind} = '{blob.sha256}'",
+        max_results=1,
+        output_format="list",
     )
     if known:
-        return f"runs:/{known[0].info.run_id}/plan"
-    with run(f"plan {plan.graph[:12]}", experiment=PLANS) as made:
-        mlflow.log_artifacts(str(store.path(plan.blob)), "plan")
-        # The digest's tag comes last: a plan that is found is whole.
-        mlflow.set_tags(
-            {"graph": plan.graph, "runtime": plan.runtime, "version": plan.version, "device": plan.device}
-        )
-        mlflow.set_tag("plan", plan.blob.sha256)
-    return f"runs:/{made.info.run_id}/plan"
+        return f"runs:/{known[0].info.run_id}/{kind}"
+    with run(name, experiment=experiment) as made:
+        mlflow.log_artifacts(str(store.path(blob)), kind)
+        mlflow.set_tags(tags)
+        # The digest's tag comes last: what is found is whole.
+        mlflow.set_tag(kind, blob.sha256)
+    return f"runs:/{made.info.run_id}/{kind}"
 
 
 def log_model(attempt: Attempt, scratch: Path, address: str | None) -> str:
@@ -132,13 +141,14 @@ def pack(engine: Engine, max_batch: int, folder: Path, address: str | None = Non
 
 def unpack(source: Path, folder: Path) -> Engine:
     """The engine in a downloaded model folder, brought into the store; raises InputError when altered."""
-    packed = source / "artifacts" / "engine"
+    return unpack_folder(source / "artifacts" / "engine", folder)
+
+
+def unpack_folder(packed: Path, folder: Path) -> Engine:
+    """The engine that `pack` laid out, brought into the store by way of the scratch `folder`."""
     content = json.loads((packed / "engine.json").read_text())
-    blobs = {
-        "plan": content["plan"]["blob"],
-        "weights": content["weights"],
-        "preprocessor": content["preprocessor"],
-    }
+    engine = from_facts(content)
+    blobs = {"plan": engine.plan.blob, "weights": engine.weights, "preprocessor": engine.preprocessor}
     for name, blob in blobs.items():
         if blob is None:
             continue
@@ -146,15 +156,20 @@ def unpack(source: Path, folder: Path) -> Engine:
             fetch(content["plan_address"], folder / "plan")
         else:
             shutil.copytree(packed / name, folder / name)
-        if store.commit(folder / name).sha256 != blob["sha256"]:
+        if store.commit(folder / name).sha256 != blob.sha256:
             raise InputError(
                 f"the champion's {name} in the registry is not what its digest says; roll back or rebuild"
             )
+    return engine
+
+
+def from_facts(content: dict[str, Any]) -> Engine:
+    """An engine from `engine.json` or a manifest."""
     proved: Proved = content["proved"]
     return Engine(
-        plan=Plan(**{**content["plan"], "blob": Blob(**blobs["plan"])}),
-        weights=Blob(**blobs["weights"]) if blobs["weights"] else None,
-        preprocessor=Blob(**blobs["preprocessor"]),
+        plan=Plan(**{**content["plan"], "blob": Blob(**content["plan"]["blob"])}),
+        weights=Blob(**content["weights"]) if content["weights"] else None,
+        preprocessor=Blob(**content["preprocessor"]),
         format=content["format"],
         proved=proved,
         facts=content["facts"],

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tasks import store
 from tasks.engines import tensorrt_api
@@ -23,6 +23,24 @@ def slot(device: str) -> Iterator[None]:
     """Wait for the device and hold it. `prefect gcl create DEVICE-HOST --limit 1` adds the second guard."""
     with FileLock(store.prepare() / f"{device}.lock"), _limit(f"{device}-{platform.node()}"):
         yield
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Hold this name on this host and on the server; says so when another process has it, and waits."""
+    from tasks.stage import say  # a stage takes its slot from here
+
+    lock = FileLock(store.prepare() / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{name}: another process is at it; waiting for it to end (Ctrl-C to give up)")
+        lock.acquire()
+    try:
+        with _limit(name):
+            yield
+    finally:
+        lock.release()
 
 
 def _limit(name: str) -> AbstractContextManager[None]:

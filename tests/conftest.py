@@ -21,7 +21,7 @@ for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_
 import flows  # noqa: E402, F401  applies the settings
 
 if TYPE_CHECKING:
-    from flows.optimize import Outcome
+    from flows.judge import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 

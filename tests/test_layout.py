@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "tasks", "recipes")
 FORBIDDEN = {"recipes": {"flows", "tasks"}, "tasks": {"flows"}, "flows": set()}
 OWNERS = {
-    "mlflow": {"tasks/registry.py", "tasks/registry_engine.py", "tasks/serving.py"},
+    "mlflow": {"tasks/registry*.py", "tasks/serving.py"},
     "modelopt": {
         f"tasks/{n}.py" for n in ("checkpoints", "load", "sparsify", "calibrate", "finetune", "export")
     },

@@ -6,6 +6,7 @@ Every file has the same few names, and imports only what serving has (NumPy, tok
     encode(folder, values)          one dictionary of arrays per example
     collate(examples)               one batch: {input name: array}
     check(value)                    raise InputError for a value that cannot be an input
+    size(example)                   one number of an example, to see inputs drift by
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class TaskType(Protocol):
     check: Callable[[Any], None]
     encode: Callable[[Path, Sequence[Any]], list[Example]]
     collate: Callable[[Sequence[Example]], Example]
+    size: Callable[[Example], float]
 
 
 def load(name: str) -> TaskType:
@@ -43,7 +45,12 @@ def settings(preprocessor: Path) -> dict[str, Any]:
 
 def decode(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
     """Label and probability of the likeliest class for logits of shape (batch, classes)."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    shares = shifted / shifted.sum(axis=-1, keepdims=True)
+    shares = probabilities(logits)
     best = shares.argmax(axis=-1)
     return [{"label": labels[k], "score": float(row[k])} for k, row in zip(best, shares, strict=True)]
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))

@@ -42,3 +42,8 @@ def encode(folder: Path, values: Sequence[Any]) -> list[Example]:
 def collate(examples: Sequence[Example]) -> Example:
     """Stack to shape (batch, channels, height, width)."""
     return {"pixel_values": np.stack([example["pixel_values"] for example in examples])}
+
+
+def size(example: Example) -> float:
+    """The image's mean, after scaling."""
+    return float(example["pixel_values"].mean())

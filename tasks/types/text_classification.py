@@ -50,3 +50,8 @@ def collate(examples: Sequence[Example]) -> Example:
         name: np.stack([np.pad(example[name], (0, length - len(example[name]))) for example in examples])
         for name in INPUTS
     }
+
+
+def size(example: Example) -> float:
+    """How many tokens the text has, after the cut."""
+    return float(example["input_ids"].size)

@@ -69,6 +69,7 @@ def test_a_mistake_in_the_recipe_is_told_with_the_way_out() -> None:
         ("gate.metric=perplexity", "a classifier gives label and probability"),
         ("gate.metric=precision", "cannot judge 10 classes"),
         ("gate.max_drop=2", "2 points are 0.02"),
+        ("gate.max_forgetting=2", "2 points are 0.02"),
         ("quantize.exclude=[net.1]", "'net.1' matches no module"),
         ("data.image.shape=[3, 8, 8]", "needs 192 columns"),
         ("model.source=python:recipes.digits_cnn:none", "cannot be imported"),

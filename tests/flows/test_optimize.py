@@ -19,7 +19,7 @@ from tasks.errors import InputError
 from tasks.measurements import verdict_bytes
 
 if TYPE_CHECKING:
-    from flows.optimize import Outcome
+    from flows.judge import Outcome
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent

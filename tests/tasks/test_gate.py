@@ -15,6 +15,7 @@ from tasks.artifacts import Rule, Verdict
 from tasks.errors import InputError
 from tasks.gate import judge
 from tasks.measurements import (
+    UNMEASURED,
     Measured,
     Measurements,
     latency_summary,
@@ -357,3 +358,109 @@ def test_measurements_that_do_not_fit_are_the_users_to_fix() -> None:
         judge(replace(good, engines={"candidate": good.engines["candidate"]}), Gate(max_drop=0.1))
     with pytest.raises(InputError, match="not of the same examples"):
         judge(replace(good, slices={"label": ["x"]}), Gate(max_drop=0.1))
+
+
+def remembered(wins: int, losses: int, n: int = 1500) -> Measurements:
+    """A champion like the baseline, and other rows on which the candidate wins and loses."""
+    here = measured(5, 5)
+    champion = here.engines["baseline"]
+    ours, theirs = answers(wins, losses, right=1200, n=n)
+    engines = {"candidate": Measured("executed", ours), "champion": Measured("executed", theirs)}
+    return replace(
+        here,
+        engines={**here.engines, "champion": champion},
+        previous=Measurements("accuracy", engines),
+    )
+
+
+FORGETTING = Gate(max_drop=0.01, max_forgetting=0.02)
+
+
+def test_what_was_forgotten_is_judged_on_the_previous_rows() -> None:
+    found = rule(judge(remembered(3, 6), FORGETTING), "forgetting")
+    assert found.sentence == (
+        "accuracy on the previous held-out rows fell 0.2 points against the champion "
+        "(95 % interval -0.7 to 0.2), allowed 2.0"
+    )
+    assert found.passed
+    verdict = judge(remembered(3, 33), FORGETTING)
+    assert not rule(verdict, "forgetting").passed
+    assert rule(verdict, "accuracy_vs_champion").passed
+    assert not verdict.passed
+
+
+def test_forgetting_has_its_own_sensitivity() -> None:
+    verdict = judge(remembered(60, 60), FORGETTING)
+    found = rule(verdict, "forgetting_sensitivity")
+    assert not found.passed
+    assert found.sentence.startswith("1500 previous examples can tell a drop of 2.")
+    assert rule(verdict, "accuracy_sensitivity_vs_champion").passed
+
+
+def test_without_a_champion_nothing_is_forgotten() -> None:
+    found = rule(judge(measured(5, 5), FORGETTING), "forgetting")
+    assert found.passed
+    assert found.sentence == "no other champion yet, nothing to forget"
+
+
+@pytest.mark.parametrize(("on_missing", "passed"), [("refuse", False), ("pass", True)])
+def test_previous_rows_that_were_not_measured_are_said(on_missing: Any, passed: bool) -> None:
+    section = FORGETTING.model_copy(update={"on_missing": on_missing})
+    here = remembered(3, 3)
+    assert here.previous is not None
+    alone = replace(here.previous, engines={"candidate": here.previous.engines["candidate"]})
+    gone = replace(here, engines={k: v for k, v in here.engines.items() if k != "champion"})
+    cases = {
+        "they were not measured": replace(here, previous=None),
+        "the champion was not measured": replace(here, previous=alone),
+        "its file is gone": replace(gone, previous=None, facts={UNMEASURED: "its file is gone"}),
+    }
+    for why, found in cases.items():
+        verdict = judge(found, section)
+        assert f"previous held-out rows could not be evaluated: {why}" in rule(verdict, "forgetting").sentence
+        assert verdict.passed is passed
+
+
+def test_forgetting_takes_the_previous_rows_own_references() -> None:
+    truth = np.arange(900) % 3
+    worse = np.where(np.arange(900) % 10 == 0, 0, truth)
+    engines = {"baseline": Measured("executed", predictions=truth[:600])}
+    engines |= {name: Measured("executed", predictions=truth[:600]) for name in ("candidate", "champion")}
+    before = {
+        "candidate": Measured("executed", predictions=worse),
+        "champion": Measured("executed", predictions=truth),
+    }
+    found = Measurements("f1", engines, references=truth[:600])
+    found = replace(found, previous=Measurements("f1", before, references=truth))
+    verdict = judge(found, Gate(metric="f1", max_forgetting=0.03))
+    assert rule(verdict, "forgetting").value == pytest.approx(-0.066, abs=0.01)
+    assert not rule(verdict, "forgetting").passed
+
+
+def test_previous_rows_survive_json_and_their_absence_leaves_no_trace() -> None:
+    text = measurements_to_json(remembered(3, 5))
+    again = measurements_from_json(text)
+    assert measurements_to_json(again) == text
+    assert verdict_bytes(judge(again, FORGETTING)) == verdict_bytes(judge(remembered(3, 5), FORGETTING))
+    assert "previous" not in measurements_to_json(measured(3, 5))
+
+
+def test_what_was_logged_before_there_were_previous_rows_gives_its_old_bytes() -> None:
+    engine = (
+        '{"bytes":7,"latency":{"2":[[0.001,0.30000000000000004]]},"parity":null,"peak_memory_bytes":null,'
+        '"predictions":null,"proved":"executed","quantized_share":null,"scores":[1.0,0.0],"sparse_share":null}'
+    )
+    text = (
+        f'{{"engines":{{"baseline":{engine},"candidate":{engine}}},"facts":{{"load":[0.1]}},'
+        '"metric":"accuracy","references":null,"slices":{"label":["ä",1]}}'
+    )
+    assert measurements_to_json(measurements_from_json(text)) == text
+
+
+def test_previous_rows_of_another_metric_or_length_do_not_fit() -> None:
+    here = remembered(3, 5)
+    assert here.previous is not None
+    with pytest.raises(InputError, match="are of 'f1'"):
+        judge(replace(here, previous=replace(here.previous, metric="f1")), FORGETTING)
+    with pytest.raises(InputError, match="not of the same examples"):
+        judge(replace(here, previous=replace(here.previous, slices={"label": ["x"]})), FORGETTING)

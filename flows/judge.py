@@ -1,0 +1,155 @@
+"""What follows once there is an engine, whichever flow made it: measure, judge, register, promote.
+
+python -m flows optimize RECIPE · python -m flows retrain MODEL
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from recipes import Recipe
+from tasks import lineage, registry
+from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel, Version
+from tasks.benchmark import benchmark
+from tasks.build import build, host, machine, precision
+from tasks.decide import decide
+from tasks.evaluate import evaluate
+from tasks.export import export
+from tasks.load import fingerprint
+from tasks.manifest import Attempt, metrics
+from tasks.measurements import verdict_from_bytes
+from tasks.previous import previous_rows
+from tasks.stage import say, timeline
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with; `--json` prints it. Nothing was attempted where nothing had changed."""
+
+    verdict: Literal["promoted", "registered", "built", "refused", "unchanged"]
+    recipe: str
+    version: Version
+    reasons: tuple[str, ...]
+    metrics: dict[str, float]
+    attempt: Attempt | None = None
+
+
+def judge(attempt: Attempt) -> Outcome:
+    """The outcome of an attempt that has its engines: candidate, baseline, perhaps of other runtimes, too."""
+    recipe, candidate = attempt.recipe, attempt.engines["candidate"]
+
+    # 1. Where the target cannot run here, a worker that has it must judge.
+    if candidate.proved != "executed":
+        return pending(attempt)
+
+    # 2. Nothing new: the champion is this engine, by this recipe.
+    champion = registry.champion(recipe.model.name)
+    if champion and registry.made_by(champion, recipe, candidate):
+        return unchanged(attempt, champion)
+
+    # 3. The champion is measured again, now, on this data and this machine.
+    judged = {name: attempt.engines[name] for name in ("candidate", "baseline")}
+    rival, unmeasured = measurable(champion, attempt) if champion else (None, None)
+    if rival and not registry.same_engine(rival, candidate):
+        judged["champion"] = rival
+    scores = score(judged, attempt.dataset, attempt.onnx, recipe)
+    timing = benchmark(
+        judged, attempt.dataset, recipe.benchmark, recipe.build.threads, machine(recipe.build.runtime)
+    )
+
+    # 4. Is what the champion had learned still there?
+    previous = forgetting(champion, rival, attempt) if champion and recipe.gate.max_forgetting else None
+
+    # 5. Judge, register, promote.
+    verdict, measurements = decide(judged, scores, timing, attempt.dataset, recipe.gate, unmeasured, previous)
+    attempt = replace(
+        attempt,
+        engines=attempt.engines | judged,
+        scores=scores,
+        timing=timing,
+        verdict=verdict,
+        measurements=measurements,
+        timeline=tuple(timeline),
+    )
+    if not verdict.passed:
+        version = registry.register(attempt, "refused", f"Refused: {'; '.join(verdict.reasons)}.")
+        return _outcome("refused", attempt, version, verdict.reasons)
+    reason = "; ".join(rule.sentence for rule in verdict.rules)
+    version = registry.register(attempt, "passed", f"Passed: {reason}.")
+    if recipe.promote == "manual":
+        return _outcome("registered", attempt, version, ("promotion is manual: set the alias in MLflow",))
+    promoted = registry.promote(version, champion.version.version if champion else None)
+    return _outcome("promoted", attempt, promoted, ())
+
+
+def score(
+    engines: dict[str, Engine], data: Dataset, onnx: dict[str, OnnxModel], recipe: Recipe
+) -> dict[str, Metrics]:
+    """The recipe's metric of each engine over the held-out rows."""
+    metric, here = recipe.gate.metric, machine(recipe.build.runtime)
+    own = fingerprint(metric) if metric.startswith("python:") else ""
+    return {
+        name: evaluate(engine, onnx.get(name), data, metric, own, here) for name, engine in engines.items()
+    }
+
+
+def measurable(champion: registry.Champion, attempt: Attempt) -> tuple[Engine | None, str | None]:
+    """The champion's engine for this host, or why there is none; one made elsewhere is built again here."""
+    candidate = attempt.engines["candidate"]
+    why = registry.unmeasurable(champion, candidate)
+    if why is None:
+        return champion.engine, None
+    if not registry.elsewhere(champion, candidate):
+        return None, why
+    say(f"champion: {why}; building it again from its checkpoint")
+    try:
+        checkpoint = lineage.checkpoint(champion.version)
+        runtime = attempt.recipe.build.runtime
+        model = export(checkpoint, attempt.dataset, attempt.recipe.export, precision(runtime))
+        settings = attempt.recipe.build.model_copy(update={"also": ()})
+        return build(model, checkpoint, attempt.dataset, settings, runtime, host(runtime)), None
+    except Exception as error:
+        return None, f"{why}, and it could not be built again here: {error}"
+
+
+def forgetting(
+    champion: registry.Champion, rival: Engine | None, attempt: Attempt
+) -> dict[str, Metrics] | None:
+    """Candidate and champion on the rows that the champion was held to; None where they cannot be had."""
+    rows = lineage.held_out(champion.version)
+    if rival is None or rows is None:
+        return None
+    old = previous_rows(rows, attempt.dataset)
+    return score({"candidate": attempt.engines["candidate"], "champion": rival}, old, {}, attempt.recipe)
+
+
+def pending(attempt: Attempt) -> Outcome:
+    """Register without a verdict: the engine waits for a machine that can run it."""
+    engine = attempt.engines["candidate"]
+    reason = (
+        f"{engine.plan.runtime} cannot execute here (device: {engine.plan.device}), so the engine is only "
+        f"{engine.proved}; the gate waits for a worker that has the runtime"
+    )
+    version = registry.register(attempt, "pending", f"Pending: {reason}.")
+    return _outcome("built", attempt, version, (reason,))
+
+
+def unchanged(attempt: Attempt, champion: registry.Champion) -> Outcome:
+    """The verdict and the numbers that the champion was promoted with."""
+    logged = registry.judged(champion.version.run_id)
+    attempt = replace(attempt, verdict=verdict_from_bytes(logged.verdict))
+    return Outcome("promoted", attempt.recipe.name, champion.version, (), logged.metrics, attempt)
+
+
+def log_failure(recipe: Recipe, error: Exception) -> None:
+    """A run that ended in an error is logged, too."""
+    try:
+        registry.record_failure(recipe.model_dump(mode="json"), error)
+    except Exception as second:  # the first error is the one to tell
+        say(f"the failed run could not be logged: {second}")
+
+
+def _outcome(verdict: Any, attempt: Attempt, version: Version, reasons: Sequence[str]) -> Outcome:
+    return Outcome(verdict, attempt.recipe.name, version, tuple(reasons), metrics(attempt), attempt)

@@ -1,0 +1,130 @@
+"""Drift: new inputs against the calibration rows, by what the engine does with them.
+
+python -m flows watch MODEL --data SOURCE     (stage `observe`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recipes.schema import Drift
+from tasks import batches, store, types
+from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel
+from tasks.engines.common import Session
+from tasks.errors import InputError
+from tasks.stage import stage
+
+BATCH, BINS = 32, 10
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """What was seen, against which limits, and what it asks for: recalibrate, retrain, or nothing."""
+
+    rows: int
+    overflow: dict[str, float]
+    before: dict[str, float]
+    psi: dict[str, float]
+    asks: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@stage(uses=("onnxruntime", "numpy", "tokenizers"), name="observe", gpu=True, timeout_seconds=6 * 3600)
+def observe(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str, host: str) -> Metrics:
+    """One pass: each row's size, class and score, and per quantizer the share of values at its ends.
+
+    `model` is the ONNX to count in where the engine's runtime cannot (TensorRT); it runs on ONNX Runtime.
+    """
+    preprocessor = store.path(engine.preprocessor)
+    kind = types.load(dataset.type)
+    encoded = batches.inputs(dataset, part, preprocessor)
+    order = sorted(range(len(encoded)), key=lambda k: max(array.size for array in encoded[k].values()))
+    seen: dict[str, list[float]] = {"size": [], "class": [], "score": []}
+    ends: dict[str, float] = {}
+    total = 0
+    with _counting(engine, model) as session:
+        for start in range(0, len(order), BATCH):
+            chosen = [encoded[k] for k in order[start : start + BATCH]]
+            feed = kind.collate(chosen)
+            total += _add(session, feed, ends, seen)
+            seen["size"] += [kind.size(example) for example in chosen]
+    with store.staging() as folder:
+        content = {**seen, "overflow": {name: share / total for name, share in sorted(ends.items())}}
+        (folder / "seen.json").write_text(json.dumps(content))
+        return Metrics({"rows": float(len(encoded))}, store.commit(folder))
+
+
+def _counting(engine: Engine, model: OnnxModel | None) -> AbstractContextManager[Session]:
+    from tasks.engines import onnxruntime_ranges
+
+    if model is not None:
+        return onnxruntime_ranges.counting(store.path(model.blob), None)
+    assert engine.plan.runtime == "onnxruntime", "another runtime's engine is counted in its ONNX"
+    weights = store.path(engine.weights) if engine.weights else None
+    return onnxruntime_ranges.counting(store.path(engine.plan.blob), weights)
+
+
+def _add(session: Session, feed: types.Example, ends: dict[str, float], seen: dict[str, list[float]]) -> int:
+    """Run a batch; shares are weighed by how many input values it had, which is returned."""
+    from tasks.engines.onnxruntime_ranges import shares
+
+    outputs = session.run(feed)
+    weight = int(next(iter(feed.values())).size)
+    for name, share in shares(outputs).items():
+        ends[name] = ends.get(name, 0.0) + share * weight
+    for found in types.probabilities(np.asarray(outputs["logits"])):
+        seen["class"].append(float(found.argmax()))
+        seen["score"].append(float(found.max()))
+    return weight
+
+
+def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
+    """What the new rows ask for, given what the calibration rows were like."""
+    old, now = loaded(reference), loaded(new)
+    rows = len(now["score"])
+    if rows < section.min_rows:
+        raise InputError(f"{rows} rows are too few to tell a drift (drift.min_rows: {section.min_rows})")
+    index = {name: psi(old[name], now[name]) for name in ("size", "class", "score")}
+    over = {name: share for name, share in now["overflow"].items() if share > section.max_overflow}
+    reasons = []
+    if over:
+        worst = max(over, key=lambda name: over[name])
+        reasons.append(
+            f"{len(over)} of {len(now['overflow'])} quantizers are past their range: {worst} with "
+            f"{over[worst]:.1%} of its values (calibration: {old['overflow'].get(worst, 0.0):.1%}), "
+            f"allowed {section.max_overflow:.1%}"
+        )
+    shifted = {name: value for name, value in index.items() if value > section.max_psi}
+    for name, value in shifted.items():
+        reasons.append(f"the {name}s have moved: PSI {value:.2f}, allowed {section.max_psi:.2f}")
+    asks = ("recalibrate",) * bool(over) + ("retrain",) * bool(shifted)
+    return Drifted(rows, now["overflow"], old["overflow"], index, asks, tuple(reasons))
+
+
+def psi(reference: Sequence[float], new: Sequence[float]) -> float:
+    """Population stability index over the reference's deciles (or its values, where they are fewer).
+
+    0 is no difference; above 0.2 is usually called a shift. Empty bins count as half a row.
+    """
+    old, now = np.asarray(reference, float), np.asarray(new, float)
+    values = np.unique(old)
+    edges = np.quantile(old, np.linspace(0, 1, BINS + 1)[1:-1]) if len(values) > BINS else values[:-1]
+    shares = []
+    for column in (old, now):
+        counts = np.bincount(np.searchsorted(np.unique(edges), column, side="left"), minlength=len(edges) + 1)
+        counts = np.maximum(counts[: len(np.unique(edges)) + 1], 0.5)
+        shares.append(counts / counts.sum())
+    return float(((shares[1] - shares[0]) * np.log(shares[1] / shares[0])).sum())
+
+
+def loaded(seen: Metrics) -> dict[str, Any]:
+    """What `seen.json` holds."""
+    assert seen.blob is not None
+    content: dict[str, Any] = json.loads((store.path(seen.blob) / "seen.json").read_text())
+    return content

@@ -1,0 +1,113 @@
+"""How often activations reach the end of a quantizer's range, counted in the pass that answers."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from tasks.engines.lowering.split import PLAN, WEIGHTS
+from tasks.engines.lowering.split import load as load_model
+from tasks.engines.onnxruntime_session import OrtSession, check_plan, check_weights, start
+
+PREFIX = "at_the_end/"
+ENDS = {
+    TensorProto.INT8: (-127.0, 127.0),
+    TensorProto.UINT8: (1.0, 255.0),
+    TensorProto.FLOAT8E4M3FN: (-448.0, 448.0),
+}
+
+
+@contextmanager
+def counting(plan: Path, weights: Path | None) -> Iterator[OrtSession]:
+    """A session whose extra outputs `at_the_end/QUANTIZER` are shares of values at the range's ends.
+
+    `plan` is an engine's plan, or a folder with a Q/DQ `model.onnx` (weights None).
+    """
+    level = "basic"
+    if weights is not None:
+        level = check_plan(plan)["level"]
+        check_weights(plan, weights)
+        model = onnx.load(plan / PLAN, load_external_data=False)
+    else:
+        model = load_model(plan / PLAN)
+    count(model, _values(model, weights))
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / PLAN
+        onnx.save(model, file)
+        with start(file, weights, level=level) as session:
+            yield session
+
+
+def count(model: onnx.ModelProto, zero_points: dict[str, int]) -> None:
+    """Add to the graph, for each quantized activation, the share of its values at the ends."""
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type != "QuantizeLinear" or node.input[0] in stored or len(node.input) < 3:
+            continue
+        kind = stored[node.input[2]].data_type if node.input[2] in stored else None
+        if kind not in ENDS:
+            continue
+        low, high = ENDS[kind]
+        # Unsigned from zero: what is zero is at home there, not cut off.
+        one_sided = kind == TensorProto.UINT8 and zero_points.get(node.input[2]) == 0
+        _count(graph, node.output[0], None if one_sided else low, high)
+
+
+def shares(outputs: dict[str, np.ndarray]) -> dict[str, float]:
+    """The counted shares among a run's outputs, by quantizer."""
+    return {
+        name.removeprefix(PREFIX): float(value) for name, value in outputs.items() if name.startswith(PREFIX)
+    }
+
+
+def _count(graph: onnx.GraphProto, tensor: str, low: float | None, high: float) -> None:
+    name = PREFIX + _short(tensor)
+    number, result = f"{name}/number", name
+    graph.node.append(helper.make_node("Cast", [tensor], [number], to=TensorProto.FLOAT))
+    _compare(graph, "GreaterOrEqual", number, high, f"{name}/high")
+    at_end = f"{name}/high"
+    if low is not None:
+        _compare(graph, "LessOrEqual", number, low, f"{name}/low")
+        graph.node.append(helper.make_node("Or", [f"{name}/high", f"{name}/low"], [f"{name}/either"]))
+        at_end = f"{name}/either"
+    graph.node.append(helper.make_node("Cast", [at_end], [f"{name}/float"], to=TensorProto.FLOAT))
+    graph.node.append(helper.make_node("ReduceMean", [f"{name}/float"], [result], keepdims=0))
+    graph.output.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, []))
+
+
+def _compare(graph: onnx.GraphProto, operator: str, number: str, bound: float, result: str) -> None:
+    graph.initializer.append(helper.make_tensor(f"{result}/bound", TensorProto.FLOAT, [], [bound]))
+    graph.node.append(helper.make_node(operator, [number, f"{result}/bound"], [result]))
+
+
+def _short(tensor: str) -> str:
+    """A quantizer's place in the network, from the name that the exporter gave its output."""
+    name = re.sub(r"/(input_quantizer|QuantizeLinear(_\d+)?)(_output_\d+)?", "", tensor)
+    return name.removeprefix("/model/").removeprefix("/").removesuffix("_output_0").replace("/", ".")
+
+
+def _values(model: onnx.ModelProto, weights: Path | None) -> dict[str, int]:
+    """Scalar zero points by name, wherever they are kept."""
+    wanted = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    found = {
+        tensor.name: int(onnx.numpy_helper.to_array(tensor).ravel()[0])
+        for tensor in model.graph.initializer
+        if tensor.name in wanted
+        and tensor.data_location != TensorProto.EXTERNAL
+        and tensor.data_type in (TensorProto.INT8, TensorProto.UINT8)
+    }
+    if weights is not None:
+        from safetensors import safe_open
+
+        with safe_open(weights / WEIGHTS, "numpy") as held:
+            inside = set(held.keys()) & wanted
+            found |= {name: int(held.get_tensor(name).ravel()[0]) for name in inside}
+    return found

@@ -1,0 +1,118 @@
+"""Lineage: what a registered version was made of, brought into this machine's store from the registry.
+
+Everything is checked against the digests in the version's manifest; what the store has is not fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import recipes
+from recipes import Recipe
+from tasks import registry, registry_engine, store
+from tasks.artifacts import Blob, Checkpoint, Dataset, Engine, OnnxModel, Version
+from tasks.errors import InputError
+
+
+@dataclass(frozen=True)
+class Latest:
+    """The newest version, whatever its gate said, and the digests of what it was made from."""
+
+    version: Version
+    recipe: str
+    data: str
+    checkpoint: str
+
+
+def latest(model: str) -> Latest | None:
+    """What the last attempt at this model was made from; None for a model that is not registered."""
+    mlflow = registry.client()
+    found = mlflow.search_model_versions(f"name = '{model}'")
+    if not found:
+        return None
+    newest = mlflow.get_model_version(model, str(max(int(item.version) for item in found)))
+    tags = newest.tags
+    parts = (tags.get(name, "") for name in ("recipe_content", "data_content", "checkpoint_content"))
+    return Latest(registry.version_of(newest, model), *parts)
+
+
+def manifest(version: Version) -> dict[str, Any]:
+    """What the version's run wrote down."""
+    content: dict[str, Any] = json.loads(Path(version.manifest).read_text())
+    return content
+
+
+def recipe(version: Version) -> dict[str, Any]:
+    """The recipe of the version as it was logged, unchecked."""
+    content: dict[str, Any] = manifest(version)["recipe"]
+    return content
+
+
+def parsed(version: Version) -> Recipe:
+    """The recipe of the version."""
+    return recipes.parse(recipe(version), (), f"the recipe of {version.model} version {version.version}")
+
+
+def checkpoint(version: Version) -> Checkpoint:
+    """The trained, pruned and quantized network that the version's engine was made of."""
+    facts = manifest(version)["checkpoints"]["candidate"]
+    blob = _bring(Blob(**facts["blob"]), f"runs:/{version.run_id}/checkpoint", version)
+    return Checkpoint(blob, facts["type"], facts["identity"], facts["facts"])
+
+
+def held_out(version: Version) -> Dataset | None:
+    """The version's test and calibration rows; None where none were kept."""
+    content = manifest(version)
+    kept = content.get("held_out")
+    if kept is None:
+        return None
+    blob = _bring(Blob(kept["sha256"], kept["bytes"]), kept["address"], version)
+    data = content["data"]
+    rows = {part: data["rows"][part] for part in ("test", "calibration")}
+    return Dataset(blob, data["type"], tuple(data["labels"]), rows, data["facts"])
+
+
+def baseline(version: Version) -> tuple[OnnxModel, Engine]:
+    """The uncompressed network that the version was compared with, its ONNX and its engine."""
+    content = manifest(version)
+    retrained = content.get("retrained") or {}
+    run = retrained.get("baseline_run", version.run_id)
+    source = registry.manifest_of(run) if run != version.run_id else content
+    facts = source["onnx"]["baseline"]
+    blob = _bring(Blob(**facts["blob"]), f"runs:/{run}/onnx/baseline", version)
+    model = OnnxModel(blob, facts["format"], facts["facts"])
+    engine = registry_engine.from_facts(source["engines"]["baseline"])
+    blobs = (engine.plan.blob, engine.weights, engine.preprocessor)
+    if not all(blob is None or store.intact(blob) for blob in blobs):
+        with store.staging() as folder:
+            packed = registry_engine.fetch(f"runs:/{run}/engines/baseline", folder / "download")
+            engine = registry_engine.unpack_folder(packed, folder)
+    return model, engine
+
+
+def baseline_run(version: Version) -> str:
+    """The run that holds the baseline: a retrain refers to its first ancestor's."""
+    return str((manifest(version).get("retrained") or {}).get("baseline_run", version.run_id))
+
+
+def build_seconds(version: Version) -> float | None:
+    """What building the version's plan took, whichever ancestor built it."""
+    seconds: float | None = (manifest(version).get("retrained") or {}).get("seconds", {}).get("build")
+    return seconds
+
+
+def _bring(blob: Blob, address: str, version: Version) -> Blob:
+    """The blob, fetched from the registry unless the store has it; raises InputError when it was altered."""
+    if store.intact(blob):
+        return blob
+    with store.staging() as folder:
+        found = store.commit(registry_engine.fetch(address, folder / "fetched"))
+    if found.sha256 != blob.sha256:
+        raise InputError(
+            f"{address} of {version.model} version {version.version} is not what its digest says "
+            f"({found.sha256[:12]}, not {blob.sha256[:12]}); take another version"
+        )
+    return blob

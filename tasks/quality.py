@@ -1,0 +1,206 @@
+"""The gate's rules about the metric: drop, ratio, forgetting, what the examples can tell, floors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from recipes.gate import Gate
+from tasks import statistics
+from tasks.artifacts import Rule
+from tasks.errors import InputError
+from tasks.measurements import (
+    BASELINE,
+    CANDIDATE,
+    CHAMPION,
+    UNMEASURED,
+    Measurements,
+    examples,
+    examples_missing,
+)
+from tasks.metrics import Metric, metric
+from tasks.sentences import bound, missing, percent, texts, word
+from tasks.statistics import Comparison
+
+
+def quality(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Rule]:
+    """The metric against each reference: its drop, its ratio, and whether the examples can tell."""
+    if gate.max_drop is None and gate.min_ratio is None:
+        return
+    how = metric(gate.metric)
+    for reference in (name for name in (BASELINE, CHAMPION) if name in measurements.engines):
+        name = f"{word(how)}_vs_{reference}"
+        if problem := examples_missing(measurements, (CANDIDATE, reference)):
+            yield missing(name, f"{how.name} against the {reference}", problem, gate)
+            continue
+        found = compare(measurements, reference, how, gate, seed)
+        if gate.max_drop is not None:
+            yield drop(name, how.name, found, how, reference, gate.max_drop, gate)
+        if gate.min_ratio is not None:
+            yield ratio(found, how, reference, gate)
+        limits = [
+            gate.max_drop,
+            None if gate.min_ratio is None else (1 - gate.min_ratio) * abs(found.reference),
+        ]
+        allowed = min(limit for limit in limits if limit is not None)
+        n = len(examples(measurements.engines[CANDIDATE]))
+        yield sensitivity(
+            f"{word(how)}_sensitivity_vs_{reference}", (n, "examples"), found, how, allowed, gate
+        )
+
+
+def forgetting(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Rule]:
+    """The metric against the champion on the champion's own, previous held-out rows."""
+    if gate.max_forgetting is None:
+        return
+    how, why = metric(gate.metric), measurements.facts.get(UNMEASURED)
+    what = f"{how.name} on the previous held-out rows"
+    if CHAMPION not in measurements.engines and not why:
+        yield Rule("forgetting", True, "no other champion yet, nothing to forget")
+        return
+    previous = measurements.previous
+    problem = why or ("they were not measured" if previous is None else _previous_missing(previous))
+    if previous is None or problem:
+        yield missing("forgetting", what, problem, gate)
+        return
+    found = compare(previous, CHAMPION, how, gate, seed)
+    n = len(examples(previous.engines[CANDIDATE]))
+    yield drop("forgetting", what, found, how, CHAMPION, gate.max_forgetting, gate)
+    yield sensitivity(
+        "forgetting_sensitivity", (n, "previous examples"), found, how, gate.max_forgetting, gate
+    )
+
+
+def _previous_missing(previous: Measurements) -> str:
+    absent = [name for name in (CANDIDATE, CHAMPION) if name not in previous.engines]
+    return (
+        f"the {absent[0]} was not measured" if absent else examples_missing(previous, (CANDIDATE, CHAMPION))
+    )
+
+
+def drop(
+    name: str, what: str, found: Comparison, how: Metric, reference: str, allowed: float, gate: Gate
+) -> Rule:
+    """The interval's worse end must be better than the allowed drop."""
+    sign = 1 if how.higher_is_better else -1
+    change = found.candidate - found.reference
+    low, high = found.difference
+    passed = (low if sign > 0 else -high) > -allowed
+    unit = 100 if how.points else 1
+    text = texts([unit * x for x in (abs(change), low, high, allowed)])
+    verb = "is unchanged" if change == 0 else f"{'rose' if change > 0 else 'fell'} {text[0]}"
+    points = " points" if how.points and change else ""
+    sentence = (
+        f"{what} {verb}{points} against the {reference} "
+        f"({percent(gate.confidence)} interval {text[1]} to {text[2]}), allowed {text[3]}"
+    )
+    facts = {**bound(sign > 0, "points" if how.points else how.name), **found.facts}
+    facts |= {"candidate": found.candidate, "reference": found.reference, "detectable": found.detectable}
+    return Rule(name, passed, sentence, change, -sign * allowed, (low, high), facts)
+
+
+def ratio(found: Comparison, how: Metric, reference: str, gate: Gate) -> Rule:
+    """The interval of candidate / reference (reference / candidate where lower is better) must stay above."""
+    name, limit = f"{word(how)}_ratio_vs_{reference}", gate.min_ratio
+    assert limit is not None
+    if not (found.reference > 0 and found.candidate > 0 and all(map(math.isfinite, found.ratio))):
+        return missing(name, f"{how.name}'s ratio to the {reference}", "the metric is not positive", gate)
+    value, (low, high) = found.candidate / found.reference, found.ratio
+    if not how.higher_is_better:
+        value, low, high = 1 / value, 1 / high, 1 / max(low, 1e-9)
+    ends = (max(low, 0.0), high)
+    text = texts([value, *ends, limit], 4)
+    sentence = (
+        f"{how.name} is {text[0]} of the {reference}'s "
+        f"({percent(gate.confidence)} interval {text[1]} to {text[2]}), at least {text[3]}"
+    )
+    return Rule(name, ends[0] > limit, sentence, value, limit, ends, bound(True, "metric ratio"))
+
+
+def sensitivity(
+    name: str, rows: tuple[int, str], found: Comparison, how: Metric, allowed: float, gate: Gate
+) -> Rule:
+    """Whether these examples can tell the allowed drop from noise."""
+    coarse = found.detectable > allowed
+    unit, points = (100, " points") if how.points else (1, "")
+    text = texts([unit * found.detectable, unit * allowed])
+    what = f"a drop of {text[0]}{points} of {how.name}"
+    sentence = f"{rows[0]} {rows[1]} can tell {what} from noise, allowed {text[1]}"
+    if coarse:
+        sentence += ": too coarse, take more examples or allow more" + (
+            " (warning)" if gate.on_coarse == "warn" else ""
+        )
+    passed = not coarse or gate.on_coarse == "warn"
+    return Rule(
+        name, passed, sentence, found.detectable, allowed, facts={"examples": rows[0], "coarse": coarse}
+    )
+
+
+def floors(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Rule]:
+    """The candidate's metric on each named slice: the interval's lower end must reach the floor."""
+    how = metric(gate.metric)
+    for column, values in sorted(gate.floors.items()):
+        for value, limit in sorted(values.items()):
+            name, what = f"floor_{column}_{value}", f"{how.name} where {column} is {value}"
+            rows = [i for i, x in enumerate(measurements.slices.get(column, ())) if str(x) == value]
+            problem = examples_missing(measurements, (CANDIDATE,))
+            problem = problem or ("" if rows else "no example is in this slice")
+            if problem:
+                yield missing(name, what, problem, gate)
+            else:
+                yield floor(name, what, measurements, how, np.array(rows), limit, gate, seed)
+
+
+def floor(
+    name: str,
+    what: str,
+    measurements: Measurements,
+    how: Metric,
+    rows: Any,
+    limit: float,
+    gate: Gate,
+    seed: int,
+) -> Rule:
+    """One slice against its floor (a ceiling, where lower is better)."""
+    engine = measurements.engines[CANDIDATE]
+    if engine.scores is not None:
+        value, ends = statistics.mean_interval(np.array(engine.scores, float)[rows], gate.confidence, seed)
+    else:
+        value, ends = statistics.statistic_interval(
+            lambda chosen: _value(measurements, CANDIDATE, how, rows[chosen]),
+            len(rows),
+            gate.confidence,
+            seed,
+        )
+    passed = ends[0] >= limit if how.higher_is_better else ends[1] <= limit
+    text = texts([value, *ends, limit], 3)
+    facts = {**bound(how.higher_is_better, "value"), "examples": len(rows)}
+    sentence = (
+        f"{what} is {text[0]} on {len(rows)} examples "
+        f"({percent(gate.confidence)} interval {text[1]} to {text[2]}), {facts['bound']} {text[3]}"
+    )
+    return Rule(name, passed, sentence, value, limit, ends, facts)
+
+
+def compare(measurements: Measurements, reference: str, how: Metric, gate: Gate, seed: int) -> Comparison:
+    """Candidate against `reference` on these examples, by the method that fits the metric."""
+    ours, theirs = measurements.engines[CANDIDATE], measurements.engines[reference]
+    if ours.scores is not None and theirs.scores is not None:
+        pair = [np.array(engine.scores, dtype=float) for engine in (ours, theirs)]
+        return statistics.compare_scores(pair[0], pair[1], gate.confidence, seed)
+    values = [partial(_value, measurements, name, how) for name in (CANDIDATE, reference)]
+    changed = np.asarray(ours.predictions) != np.asarray(theirs.predictions)
+    count, differing = len(changed), int(changed.reshape(len(changed), -1).any(axis=1).sum())
+    return statistics.compare_statistic(values[0], values[1], count, differing, gate.confidence, seed)
+
+
+def _value(measurements: Measurements, engine: str, how: Metric, rows: Any) -> float:
+    predictions = np.asarray(measurements.engines[engine].predictions)
+    try:
+        return how.value(predictions[rows], np.asarray(measurements.references)[rows])
+    except (TypeError, ValueError) as problem:
+        raise InputError(f"metric {how.name!r} does not fit these predictions: {problem}") from problem

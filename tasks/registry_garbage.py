@@ -1,0 +1,60 @@
+"""What MLflow refers to, and the shared blobs that nothing refers to any more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from tasks.registry import client, manifest_file
+from tasks.registry_engine import EXPERIMENT, SHARED
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+def references() -> set[str]:
+    """Every digest that a run's manifest, and so a version or a ledger line, names."""
+    mlflow = client()
+    found: set[str] = set()
+    for experiment in mlflow.search_experiments():
+        if experiment.name == EXPERIMENT:
+            for made in _runs(mlflow, experiment.experiment_id):
+                if "gate" in made.data.tags:  # only a whole run has it, and a manifest
+                    found |= set(re.findall(r"\b[0-9a-f]{64}\b", manifest_file(made.info.run_id).read_text()))
+    return found
+
+
+def unreferenced(referenced: set[str], before: float) -> dict[str, int]:
+    """Runs that hold a shared blob which nothing refers to, made before a time (s), and their bytes."""
+    mlflow = client()
+    found = {}
+    for experiment in mlflow.search_experiments():
+        kind = experiment.name.removeprefix(f"{EXPERIMENT}-").removesuffix("s")
+        if kind not in SHARED:
+            continue
+        for made in _runs(mlflow, experiment.experiment_id):
+            if made.data.tags.get(kind) not in referenced and made.info.start_time / 1000 <= before:
+                files = mlflow.list_artifacts(made.info.run_id, kind)
+                found[str(made.info.run_id)] = sum(file.file_size or 0 for file in files)
+    return found
+
+
+def delete_shared(run_id: str) -> None:
+    """Remove a run that held a shared blob, with its files."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    mlflow = client()
+    get_artifact_repository(mlflow.get_run(run_id).info.artifact_uri).delete_artifacts()  # type: ignore[no-untyped-call]
+    mlflow.delete_run(run_id)
+
+
+def _runs(mlflow: MlflowClient, experiment: str) -> Iterator[Run]:
+    token = None
+    while True:
+        page = mlflow.search_runs([experiment], max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -1,0 +1,41 @@
+"""What the gate's rules share: the words of their sentences, and the rule that could not be evaluated."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recipes.gate import Gate
+from tasks.artifacts import Rule
+from tasks.metrics import Metric
+
+
+def missing(name: str, what: str, why: str, gate: Gate) -> Rule:
+    """A rule without its measurement; `on_missing` says whether that is a refusal."""
+    sentence = f"{what} could not be evaluated: {why} (on_missing: {gate.on_missing})"
+    return Rule(name, gate.on_missing == "pass", sentence, facts={"missing": True})
+
+
+def word(how: Metric) -> str:
+    """The metric's name as rule names and logged keys carry it."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", how.name)
+
+
+def bound(least: bool, unit: str) -> dict[str, Any]:
+    """Which side of its limit a rule allows, and in what unit: for whoever draws it."""
+    return {"bound": "at least" if least else "at most", "unit": unit}
+
+
+def percent(confidence: float) -> str:
+    """0.95 as 95 %."""
+    return f"{100 * confidence:g} %"
+
+
+def texts(values: list[float], digits: int = 1) -> list[str]:
+    """Numbers with just enough decimals that the last, a limit, does not look equal to another it is not."""
+    for more in range(digits, digits + 4):
+        found = [f"{x:.{more}f}" for x in values]
+        limit, others = values[-1], [abs(x) for x in values[:-1]]
+        if all(x == limit or f"{x:.{more}f}" != f"{limit:.{more}f}" for x in others):
+            break
+    return found
