@@ -34,7 +34,8 @@ from tasks.status import tell
 BAD_INPUT = 2
 PRIVATE = re.compile(r"^(ENGINEHOUSE_TOKEN_.*|.*WEBHOOK_SECRET.*|PREFECT__.*|PYTHON(PATH|SAFEPATH|HOME))$")
 VERDICTS: dict[str, Told] = {
-    "promoted": "success", "registered": "success", "unchanged": "success", "built": "pending", "refused": "failure",
+    "promoted": "success", "registered": "success", "unchanged": "success",
+    "built": "pending", "refused": "failure",
 }  # fmt: skip
 
 mirror = task(name="fetch", persist_result=False, **NETWORK)(checkout.mirror)

@@ -278,7 +278,10 @@ def _create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return mlflow.create_model_version(model, uri, run_id=run_id, tags=tags, description=reason)
+    # A tracking server wants the id beside the address that holds it.
+    return mlflow.create_model_version(
+        model, uri, run_id=run_id, tags=tags, description=reason, model_id=uri.removeprefix("models:/")
+    )
 
 
 def _aliased(mlflow: MlflowClient, model: str, alias: str) -> ModelVersion | None:
