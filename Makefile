@@ -1,11 +1,11 @@
-# make demo | test | check. PIP_FLAGS is handed to every pip install.
+# make demo | test | check | up | down | status. PIP_FLAGS is handed to every pip install.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 HUTTO := .data/hutto_ICWSM_2014
 
-.PHONY: demo test fast check clean
+.PHONY: demo test fast check up down status clean
 
 demo: $(VENV)/.ready $(HUTTO)
 	$(BIN)/python -m flows optimize sentiment-minilm-int8-qat-24
@@ -20,6 +20,11 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# AUTH=1, DATABASE_URL=…, PREFECT_PORT=…, MLFLOW_PORT=… and RECEIVER_PORT=… are kept for the next time.
+# make hands them on by the environment; passwords belong there, too: DATABASE_URL=… make up.
+up down status: $(VENV)/.ready
+	@$(BIN)/python -m infra $@
 
 # Written last, so that an installation that was cut off starts again.
 $(VENV)/.ready: requirements.lock requirements-data.lock

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from infra import apply, database, keys, process, services
+from infra import apply, database, keys, process, recover, services
 from infra.process import Command
 from infra.setup import HOST, Setup, inherited
 from tasks.errors import InputError
@@ -33,6 +33,8 @@ def up(setup: Setup) -> None:
     _wait(setup, "prefect", lambda: _answers(setup, "prefect"))
     apply.prefect()
     apply.deployments()
+    if not process.running("worker", setup.folder):
+        recover.orphans(setup.folder)
     started = _ensure(setup, commands["worker"])
     _wait(setup, "mlflow", lambda: _answers(setup, "mlflow"))
     apply.webhook(setup)

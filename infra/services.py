@@ -50,6 +50,7 @@ def _prefect(setup: Setup, search_path: str) -> dict[str, str]:
         "PREFECT_SERVER_API_PORT": str(setup.ports["prefect"]),
         # A lease that outlives the server's process: a crash leaks no slot.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "30",
         # A page elsewhere in your browser can neither read nor change anything here.
         "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"{own},{own.replace(HOST, 'localhost')}",

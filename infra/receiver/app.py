@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from infra import keys, process
 from infra.receiver import mlflow
 from infra.receiver.prefect import Away
 
@@ -30,6 +33,7 @@ def app() -> Starlette:
         routes=[Route("/health", _health), *_ways_in()],
         middleware=[Middleware(Bounded)],
         exception_handlers={Away: _away, HTTPException: _refused, Exception: _broken},
+        lifespan=_housekeeping,
     )
 
 
@@ -38,6 +42,21 @@ def _ways_in() -> list[Route]:
     if importlib.util.find_spec("infra.receiver.git"):
         found += importlib.import_module("infra.receiver.git").routes()
     return found
+
+
+@asynccontextmanager
+async def _housekeeping(_app: Starlette) -> AsyncIterator[None]:
+    """The one process of ours that always runs keeps every service's log below its size."""
+    keeping = asyncio.create_task(_bound_logs())
+    yield
+    keeping.cancel()
+
+
+async def _bound_logs() -> None:
+    while True:
+        for log in keys.folder().glob("*.log"):
+            process.bound(log)
+        await asyncio.sleep(60)
 
 
 class Bounded:
