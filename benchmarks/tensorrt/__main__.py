@@ -5,13 +5,15 @@
 
 Models have random weights. What a runtime cannot do is said in its cell: TensorRT for RTX builds without
 a GPU and then measures bytes alone; TensorRT 8.6 has no FP8 (INT8 stands in) and no stripped plans (its
-refittable plan is whole). Exports are kept in FOLDER (default .data/tensorrt); only they need PyTorch.
+refittable plan is whole). Exports are kept in FOLDER (default .data/tensorrt); only they need PyTorch, and
+`--export OPSET` makes them where it is, for a host where it is not (17 for TensorRT 8.6, 20 for all later).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -33,9 +35,9 @@ STRIPPED = ("clip-text", "clip-text-larger", "unet")
 QUANTIZED = ("clip-image", "clip-text")
 
 
-def export(name: str, folder: Path, opset: int) -> Path:
+def export(name: str, folder: Path, opset: int, layers: int | None) -> Path:
     """The FP16 ONNX of a model with its calibration beside it, made if it is not there."""
-    path = folder / f"{name}-{opset}"
+    path = folder / (f"{name}-{opset}" if layers is None else f"{name}-{layers}-layers-{opset}")
     if (path / "amax.json").exists():
         return path
     import torch
@@ -50,7 +52,7 @@ def export(name: str, folder: Path, opset: int) -> Path:
     else:
         kind, config = ("image", clip.IMAGE) if name == "clip-image" else ("text", clip.TEXT)
         config = clip.LARGER_TEXT if name == "clip-text-larger" else config
-        model = clip.build(kind, config)
+        model = clip.build(kind, config if layers is None else {**config, "num_hidden_layers": layers})
     where = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(where)
     amax = clip.calibrate(model, feed)
@@ -91,15 +93,15 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The work's row, or why there is none."""
     try:
         return work()
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
         return {"why": str(error).split(": ", 1)[-1][:300]}
 
 
-def stripped_row(name: str, path: Path) -> dict[str, Any]:
+def stripped_row(name: str, path: Path, level: int | None) -> dict[str, Any]:
     """Plain and refittable plan of one model, the seconds of a refit, and the full build's."""
     with tempfile.TemporaryDirectory() as folder:
         policy = "always" if api.gpu() else "never"
-        built = _build(name, path, Path(folder), CHECKED, refit=policy)
+        built = _build(name, path, Path(folder), CHECKED, refit=policy, level=level)
     row = {"onnx": (path / "model.onnx").stat().st_size, "proved": built.proved}
     refit = built.facts["refit"]
     if not refit["safe"]:
@@ -108,10 +110,10 @@ def stripped_row(name: str, path: Path) -> dict[str, Any]:
     return {**row, "refit_seconds": refit["refit_seconds"], "build_seconds": refit["build_seconds"]}
 
 
-def quantized_row(name: str, path: Path, batch: int) -> dict[str, Any]:
+def quantized_row(name: str, path: Path, batch: int, level: int | None) -> dict[str, Any]:
     """Plan bytes and, where it runs, latency and cosine of one model."""
     with tempfile.TemporaryDirectory() as folder:
-        built = _build(name, path, Path(folder), batch, refit="never")
+        built = _build(name, path, Path(folder), batch, refit="never", level=level)
         row = {"onnx": (path / "model.onnx").stat().st_size, "plan": built.facts["bytes"]}
         row |= {"proved": built.proved, "parity": built.facts.get("parity")}
         if built.proved == "executed":
@@ -129,13 +131,29 @@ def _build(name: str, path: Path, folder: Path, batch: int, **options: Any) -> A
     return tensorrt.build(path, folder, samples=[low], reference=right, profiles=[shapes], **options)
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tensorrt",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, default=Path(".data/tensorrt"))
+    add("--batch", type=int, default=BATCH, help="of the second table (default 128)")
+    add("--models", nargs="*", default=[*STRIPPED, "clip-image"], help="leave the others out")
+    add("--level", type=int, help="builder optimization level (default: the builder's own)")
+    add("--layers", type=int, help="of the CLIP models: a quick try that is no evidence")
+    add("--export", type=int, metavar="OPSET", help="only write the ONNX files, in this opset")
+    return parser.parse_args()
+
+
 def main() -> int:
     """Print both tables and write their numbers beside the models."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tensorrt", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(".data/tensorrt"))
-    parser.add_argument("--batch", type=int, default=BATCH, help="of the second table (default 128)")
-    parser.add_argument("--models", nargs="*", default=[*STRIPPED, "clip-image"], help="leave the others out")
-    options = parser.parse_args()
+    options = _arguments()
+    if options.export:
+        for name in options.models:
+            print(export(name, options.folder, options.export, options.layers))
+        return 0
     flavor = api.installed()
     if flavor is None:
         print(
@@ -147,25 +165,46 @@ def main() -> int:
     opset, kind = (17, "int8") if weak else (20, "fp8")
     print(f"{flavor} {version} on {tensorrt.device()}; random weights\n")
     report: dict[str, Any] = {"runtime": flavor, "version": version, "device": tensorrt.device()}
-    print("model             | ONNX MB | full plan MB | refittable MB | refit s | build s")
-    for name in (n for n in STRIPPED if n in options.models):
-        path = export(name, options.folder, opset)
-        row = attempt(lambda p=path, n=name: stripped_row(n, p))  # type: ignore[misc]
-        report[name] = row
-        print(
-            f"{name:17} | {_mb(row, 'onnx')} | {_mb(row, 'full')} | {_mb(row, 'refittable')} | {_rest(row)}"
-        )
-    print(f"\nmodel, batch {options.batch:4}   | ONNX MB | plan MB | ms      | of FP16: ONNX, plan, ms")
-    for name in (n for n in QUANTIZED if n in options.models):
-        path, low_path = (found := export(name, options.folder, opset)), quantized(found, kind)
-        half = attempt(lambda p=path, n=name: quantized_row(n, p, options.batch))  # type: ignore[misc]
-        low = attempt(lambda p=low_path, n=name: quantized_row(n, p, options.batch))  # type: ignore[misc]
-        report[f"{name} fp16"], report[f"{name} {kind}"] = half, low
-        for label, row in (("fp16", half), (kind, low)):
-            shares = ", ".join(_share(row, half, key) for key in ("onnx", "plan", "ms"))
-            print(f"{name:11} {label:5} | {_mb(row, 'onnx')} | {_mb(row, 'plan')} | {_ms(row)} | {shares}")
-    (options.folder / "report.json").write_text(json.dumps(report, indent=1))
+    paths = {name: export(name, options.folder, opset, options.layers) for name in options.models}
+    _first_table(paths, options, report)
+    _second_table(paths, kind, options, report)
     return 0
+
+
+def _first_table(paths: dict[str, Path], options: argparse.Namespace, report: dict[str, Any]) -> None:
+    print("model             | ONNX MB | full plan MB | refittable MB | refit s | build s")
+    for name, path in paths.items():
+        if name not in STRIPPED:
+            continue
+        row = attempt(lambda p=path, n=name: stripped_row(n, p, options.level))  # type: ignore[misc]
+        _keep(report, name, row, options.folder)
+        print(
+            f"{name:17} | {_mb(row, 'onnx')} | {_mb(row, 'full')} | {_mb(row, 'refittable')} | {_rest(row)}",
+            flush=True,
+        )
+
+
+def _second_table(
+    paths: dict[str, Path], kind: str, options: argparse.Namespace, report: dict[str, Any]
+) -> None:
+    print(f"\nmodel, batch {options.batch:4}   | ONNX MB | plan MB | ms      | of FP16: ONNX, plan, ms")
+    for name in (name for name in QUANTIZED if name in paths):
+        rows = {}
+        for label, path in (("fp16", paths[name]), (kind, quantized(paths[name], kind))):
+            row = attempt(lambda p=path, n=name: quantized_row(n, p, options.batch, options.level))  # type: ignore[misc]
+            rows[label] = row
+            _keep(report, f"{name} {label}", row, options.folder)
+            shares = ", ".join(_share(row, rows["fp16"], key) for key in ("onnx", "plan", "ms"))
+            print(
+                f"{name:11} {label:5} | {_mb(row, 'onnx')} | {_mb(row, 'plan')} | {_ms(row)} | {shares}",
+                flush=True,
+            )
+
+
+def _keep(report: dict[str, Any], name: str, row: dict[str, Any], folder: Path) -> None:
+    """Written after every row, so that a run cut short leaves what it had."""
+    report[name] = row
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
 
 
 def _mb(row: dict[str, Any], key: str) -> str:
@@ -187,4 +226,5 @@ def _share(row: dict[str, Any], half: dict[str, Any], key: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))  # so that a build under way is ended too
     sys.exit(main())

@@ -1,15 +1,18 @@
 """The evidence of docs/tensorrt.md, on a GPU with TensorRT 8.6, through the engine module itself.
 
 `python -m benchmarks.tensorrt.clip CLIP 64 24` first, where PyTorch is; then, where TensorRT is,
-`python -m benchmarks.tensorrt.h100 refit|int8refit|precision|sparsity|features CLIP OUT.json`.
+`python -m benchmarks.tensorrt.h100 STEP CLIP OUT.json [ONLY,…]`; the steps are at the end of this file,
+and `h100.sh` runs them in order of worth.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ import onnx
 
 from benchmarks.tensorrt import qdq
 from benchmarks.tensorrt.features import features
+from benchmarks.tensorrt.lean import lean
 from benchmarks.tensorrt.report import Report, arrays, latency
-from benchmarks.tensorrt.sparsity import sparsity
+from benchmarks.tensorrt.rounds import rounds
+from benchmarks.tensorrt.sparsity import sparseclip, sparsity
 from tasks.engines import tensorrt, tensorrt_build, tensorrt_parity
 from tasks.engines import tensorrt_api as api
 from tasks.engines.tensorrt_options import Options
@@ -30,35 +35,72 @@ LEVEL = 2  # optimization level of the CLIP builds: 3 takes about twice as long
 
 
 def refit(clip: Path, report: Report) -> None:
-    """FP16 refit with another training's weights against a rebuild: seconds, parity, tax."""
-    feed = [arrays(clip / "inputs.npz")]
-    first, second = [arrays(clip / "first.npz")], [arrays(clip / "second.npz")]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        built = tensorrt.build(
-            clip / "first", folder / "a", samples=feed, reference=first, refit="always", level=LEVEL
+    """FP16 refit with another training's weights against a rebuild, cold and with a timing cache.
+
+    A fixed batch of 8: a plan of one shape builds in half the time, and the trial's evaluator is NumPy.
+    """
+    feed, first, second = _few(clip)
+    still = _fixed(feed[0])
+    folder = _kept(report)
+    how: dict[str, Any] = {"samples": feed, "profiles": still, "level": LEVEL}
+    built = tensorrt.build(clip / "first", folder / "a", reference=first, refit="always", **how)
+    report.add("build", asdict(built))
+    rows = []
+    for _ in range(3):
+        done = tensorrt.refit(
+            folder / "a/plan", clip / "second", folder / "b", samples=feed, reference=second
         )
-        report.add("build", asdict(built))
-        rows = []
-        for _ in range(3):
-            done = tensorrt.refit(
-                folder / "a/plan", clip / "second", folder / "b", samples=feed, reference=second
-            )
-            rows.append(done.facts)
+        rows.append(done.facts)
         report.add("refits", rows)
-        with tensorrt.open(folder / "a/plan", folder / "b/weights") as session:
-            report.add("refitted latency", latency(session, feed[0]))
-        start = time.perf_counter()
+    cache = str(folder / "cache")
+    for title, out in (("rebuild", "c"), ("rebuild with the timing cache of that one", "d")):
         again = tensorrt.build(
-            clip / "second", folder / "c", samples=feed, reference=second, refit="never", level=LEVEL
+            clip / "second", folder / out, reference=second, refit="never", timing_cache=cache, **how
         )
-        report.add("rebuild", {**asdict(again), "wall_seconds": time.perf_counter() - start})
-        with tensorrt.open(folder / "c/plan", None) as session:
-            report.add("rebuilt latency", latency(session, feed[0]))
-        fastest = min(row["refit_seconds"] for row in rows)
-        slowest = max(row["refit_seconds"] for row in rows)
+        report.add(title, asdict(again))
         seconds = again.facts["build_seconds"]
-        report.add("ratio", {"best": seconds / fastest, "worst": seconds / slowest})
+        given = [row["refit_seconds"] for row in rows]
+        report.add(f"ratio to a {title}", {"best": seconds / min(given), "worst": seconds / max(given)})
+
+
+def rebuild(clip: Path, report: Report) -> None:
+    """The second training built from nothing, batch 1 to 64: what `refit` on all layers is compared with."""
+    feed, right = [arrays(clip / "inputs.npz")], [arrays(clip / "second.npz")]
+    with tempfile.TemporaryDirectory() as name:
+        low, high = (1, *feed[0]["pixels"].shape[1:]), feed[0]["pixels"].shape
+        profile = [{"pixels": {"min": low, "opt": high, "max": high}}]
+        built = tensorrt.build(
+            clip / "second",
+            Path(name),
+            samples=feed,
+            reference=right,
+            refit="never",
+            level=LEVEL,
+            profiles=profile,
+        )
+        report.add("rebuild", asdict(built))
+        with tensorrt.open(Path(name) / "plan", None) as session:
+            report.add("rebuilt latency", latency(session, feed[0]))
+
+
+def _few(clip: Path, count: int = 8) -> tuple[list[Any], list[Any], list[Any]]:
+    """Inputs and both references, the first `count` rows."""
+    files = ("inputs", "first", "second")
+    found = [[{k: v[:count] for k, v in arrays(clip / f"{name}.npz").items()}] for name in files]
+    return found[0], found[1], found[2]
+
+
+def _fixed(feed: Any) -> list[Any]:
+    """One profile of one shape."""
+    return [{name: dict.fromkeys(("min", "opt", "max"), array.shape) for name, array in feed.items()}]
+
+
+def _kept(report: Report) -> Path:
+    """A folder beside the report for plans that a later step opens."""
+    folder = report.path.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def precision(clip: Path, report: Report) -> None:
@@ -123,6 +165,24 @@ def int8refit(clip: Path, report: Report) -> None:
         report.add(title, {"weights given": len(taken), **_against(held, feed, right)})
 
 
+def int8trial(clip: Path, report: Report) -> None:
+    """What the module itself makes of that engine: its trial refit must refuse it."""
+    feed, first, _ = _few(clip)
+    _int8_model(clip, "first")
+    with tempfile.TemporaryDirectory() as name:
+        built = tensorrt.build(
+            clip / "int8-first",
+            Path(name),
+            samples=feed,
+            reference=first,
+            refit="always",
+            half=True,
+            level=0,
+            profiles=_fixed(feed[0]),
+        )
+    report.add("int8 plan", asdict(built))
+
+
 def _against(held: Recorded, feed: Any, right: dict[str, Any]) -> dict[str, Any]:
     """Error and cosine to each training's reference."""
     with TensorRTSession(held) as session:
@@ -136,12 +196,20 @@ def _against(held: Recorded, feed: Any, right: dict[str, Any]) -> dict[str, Any]
     }
 
 
+STEPS: dict[str, Callable[[Path, Report], None]] = {
+    "refit": refit,
+    "rebuild": rebuild,
+    "int8refit": int8refit,
+    "int8trial": int8trial,
+    "precision": precision,
+    "sparsity": sparsity,
+    "sparseclip": sparseclip,
+    "features": features,
+    "lean": lean,
+    "rounds": rounds,
+}
+
+
 if __name__ == "__main__":
-    work = {
-        "refit": refit,
-        "int8refit": int8refit,
-        "precision": precision,
-        "sparsity": sparsity,
-        "features": features,
-    }
-    work[sys.argv[1]](Path(sys.argv[2]), Report(Path(sys.argv[3])))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))  # so that a build under way is ended too
+    STEPS[sys.argv[1]](Path(sys.argv[2]), Report(Path(sys.argv[3])))

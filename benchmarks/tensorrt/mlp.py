@@ -18,12 +18,35 @@ def kernel(width: int, zeros: str, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     array: np.ndarray = random.standard_normal((width, width), dtype=np.float32) / np.float32(width**0.5)
     if zeros == "2:4":
-        groups = array.reshape(width // 4, 4, width)
-        second = np.partition(np.abs(groups), 1, axis=1)[:, 1:2]
-        return np.where(np.abs(groups) > second, groups, np.float32(0)).reshape(width, width)
+        return two_four(array)
     if zeros == "random":
         array[random.random(array.shape) < 0.5] = 0.0
     return array
+
+
+def two_four(array: np.ndarray) -> np.ndarray:
+    """The two largest of every four along the first axis; the others are zero."""
+    groups = array.reshape(-1, 4, array.shape[-1])
+    second = np.partition(np.abs(groups), 1, axis=1)[:, 1:2]
+    return np.where(np.abs(groups) > second, groups, array.dtype.type(0)).reshape(array.shape)
+
+
+def prune(model: onnx.ModelProto) -> int:
+    """Make every MatMul's and Gemm's constant matrix 2:4 along its input, in place; how many."""
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    done = set()
+    for node in model.graph.node:
+        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in values:
+            continue
+        name = node.input[1]
+        array = numpy_helper.to_array(values[name])
+        if name in done or array.ndim != 2:
+            continue
+        flipped = any(a.name == "transB" and a.i for a in node.attribute)
+        pruned = two_four(array.T.copy()).T if flipped else two_four(array)
+        values[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(pruned), name))
+        done.add(name)
+    return len(done)
 
 
 def mlp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,50 @@ import numpy as np
 import onnx
 
 from benchmarks.tensorrt import mlp
-from benchmarks.tensorrt.report import Report
+from benchmarks.tensorrt.report import Report, arrays
 from tasks.engines import tensorrt, tensorrt_build, tensorrt_parity
 from tasks.engines import tensorrt_api as api
 from tasks.engines import tensorrt_choose as choose
 from tasks.engines.tensorrt_options import Options
 from tasks.engines.tensorrt_run import TensorRTSession, load
 
+ORDER = ((8192, 4096), (128, 4096), (8192, 1024), (128, 1024), (8192, 8192), (128, 8192))  # rows, width
+
 
 def sparsity(clip: Path, report: Report) -> None:
-    """Dense, 2:4, 2:4 with SPARSE_WEIGHTS, random zeros as control: what ran and how fast, interleaved."""
-    for rows in (8192, 128):
-        for width in (4096, 1024, 8192):
-            for kind in ("fp16", "int8"):
-                report.add(f"{kind} {width} wide {rows} rows", _sparse(width, rows, kind))
+    """Dense, 2:4, 2:4 with SPARSE_WEIGHTS, random zeros as control: what ran and how fast, interleaved.
+
+    The argument ONLY takes names of rows: "fp16 4096 wide 8192 rows,…".
+    """
+    only = ",".join(sys.argv[4:]).split(",") if sys.argv[4:] else None
+    for rows, width in ORDER:
+        for kind in ("fp16", "int8"):
+            title = f"{kind} {width} wide {rows} rows"
+            if only is None or title in only:
+                report.add(title, _sparse(width, rows, kind))
+
+
+def sparseclip(clip: Path, report: Report) -> None:
+    """CLIP in FP16, batch 64: dense, and its 2:4 form with SPARSE_WEIGHTS off and on, interleaved."""
+    feed, sessions = arrays(clip / "inputs.npz"), {}
+    row: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for variant, (pruned, flag) in VARIANTS.items():
+            folder = Path(name) / variant.replace(" ", "_").replace(":", "")
+            folder.mkdir()
+            model = onnx.load(clip / "first" / "model.onnx")
+            count = mlp.prune(model) if pruned else 0
+            onnx.save(model, folder / "model.onnx")
+            shapes = [{"pixels": dict.fromkeys(("min", "opt", "max"), feed["pixels"].shape)}]
+            row[variant], sessions[variant] = _opened(folder, "fp16", Options(level=2, sparse=flag), shapes)
+            row[variant] |= {"pruned": count}
+            report.add(variant, row[variant])
+        _timed(row, sessions, feed)
+    for variant, found in row.items():
+        report.add(variant, found)
+
+
+VARIANTS = {"dense": (False, False), "2:4": (True, False), "2:4, SPARSE_WEIGHTS": (True, True)}
 
 
 def _sparse(width: int, rows: int, kind: str) -> dict[str, Any]:
@@ -42,24 +73,37 @@ def _sparse(width: int, rows: int, kind: str) -> dict[str, Any]:
             model = mlp.mlp(width, rows, kind=kind, zeros=zeros)
             folder.mkdir()
             onnx.save(model, folder / "model.onnx")
-            built = _build_here(folder, kind, Options(level=5, sparse=flag))
-            row[variant] = {"build_seconds": built["seconds"], "bytes": built["bytes"], "ms": []}
-            proof = tensorrt.proof(folder / "plan")
-            row[variant] |= {k: proof[k] for k in ("sparse_share", "quantized_share", "tactics", "types")}
-            held, _ = load(folder / "plan")
-            sessions[variant] = TensorRTSession(held)
+            row[variant], sessions[variant] = _opened(folder, kind, Options(level=5, sparse=flag), [{}])
             outputs = sessions[variant].run(feed)["y"][:32]
             right = _right(model, feed["x"][:32])
             row[variant]["error"] = tensorrt_parity.error({"y": outputs}, {"y": right})
-        for _ in range(10):
-            for variant, session in sessions.items():
-                row[variant]["ms"].append(statistics.median(session.latencies(feed, 20, warmup=3)))
-        for session in sessions.values():
-            session.__exit__(None, None, None)
-    for found in row.values():
-        found["ms"] = statistics.median(found["ms"])
-        found["ratio"] = row["dense"]["ms"] / found["ms"]
+        _timed(row, sessions, feed)
     return row
+
+
+def _opened(
+    folder: Path, kind: str, options: Options, profiles: list[Any]
+) -> tuple[dict[str, Any], TensorRTSession]:
+    """A plan built here: its row, and a session on it."""
+    built = _build_here(folder, kind, options, profiles)
+    proof = tensorrt.proof(folder / "plan")
+    row = {"build_seconds": built["seconds"], "bytes": built["bytes"]}
+    row |= {k: proof[k] for k in ("sparse_share", "quantized_share", "tactics", "types")}
+    return row, TensorRTSession(load(folder / "plan")[0])
+
+
+def _timed(row: dict[str, dict[str, Any]], sessions: dict[str, TensorRTSession], feed: Any) -> None:
+    """Ten interleaved rounds: each variant's median, and the dense one's over it; sessions are closed."""
+    times: dict[str, list[float]] = {variant: [] for variant in sessions}
+    for _ in range(10):
+        for variant, session in sessions.items():
+            times[variant].append(statistics.median(session.latencies(feed, 20, warmup=3)))
+    for session in sessions.values():
+        session.__exit__(None, None, None)
+    for variant, found in row.items():
+        found["ms"] = statistics.median(times[variant])
+        found["spread"] = max(times[variant]) / min(times[variant]) - 1
+        found["ratio"] = statistics.median(times["dense"]) / found["ms"]
 
 
 def _right(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
@@ -70,7 +114,7 @@ def _right(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _build_here(folder: Path, kind: str, options: Options) -> dict[str, Any]:
+def _build_here(folder: Path, kind: str, options: Options, profiles: list[Any]) -> dict[str, Any]:
     """A sealed plan, built in this process to spare its start-up."""
     path = folder / "plan" / "engine.plan"
     path.parent.mkdir()
@@ -80,7 +124,7 @@ def _build_here(folder: Path, kind: str, options: Options) -> dict[str, Any]:
         str(path),
         "tensorrt",
         options,
-        [{}],
+        profiles,
         kinds,
         False,
         str(folder.parent / "cache"),

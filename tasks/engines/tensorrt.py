@@ -22,7 +22,7 @@ from tasks.engines import tensorrt_choose as choose
 from tasks.engines import tensorrt_weights as weights_of
 from tasks.engines.common import Arrays, Built, RefitError, Samples, graph_digest, model_file
 from tasks.engines.tensorrt_options import Options, check, data_types, is_quantized, profiles_for
-from tasks.engines.tensorrt_run import TensorRTSession, load, manifest_of
+from tasks.engines.tensorrt_run import TensorRTSession, load, manifest_of, used_bytes
 from tasks.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,12 @@ def version(flavor: api.Flavor | None = None) -> str | None:
 def device() -> str:
     """The GPU as "NAME (MAJOR.MINOR)", "none" without one."""
     return str(api.gpu() or "none")
+
+
+def device_bytes(runtime: str) -> int:
+    """Bytes in use on the GPU, whoever uses them; the library is loaded and the context made before."""
+    api.use(api.flavor(runtime))
+    return used_bytes()
 
 
 def build(

@@ -51,9 +51,14 @@ def gpu() -> Gpu | None:
     return Gpu(name.value.decode(), (major.value, minor.value))
 
 
+def flavor(runtime: str) -> Flavor:
+    """The flavor that a recipe's runtime (`tensorrt`, `tensorrt-rtx`) names."""
+    return "tensorrt" if runtime == "tensorrt" else "tensorrt_rtx"
+
+
 def installed() -> Flavor | None:
     """The flavor to use: TensorRT where it is installed, else TensorRT for RTX, else None."""
-    return next((flavor for flavor in FLAVORS if util.find_spec(flavor)), None)
+    return next((name for name in FLAVORS if util.find_spec(name)), None)
 
 
 @lru_cache(maxsize=4)

@@ -137,6 +137,18 @@ def load(plan: Path, *, lean: bool = False) -> tuple[Recorded, dict[str, Any]]:
     ), manifest
 
 
+def used_bytes() -> int:
+    """Bytes in use on the GPU by every process, this one's context included."""
+    from polygraphy import cuda
+
+    library = cuda.wrapper().handle
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    library.cudaFree(ctypes.c_void_p())  # makes the context
+    if status := library.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
+        raise InputError(f"the GPU does not say how much memory is free: CUDA error {status}")
+    return total.value - free.value
+
+
 class TensorRTSession:
     """One engine with its buffers on the GPU; closes by leaving the `with` block."""
 
