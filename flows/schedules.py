@@ -1,6 +1,7 @@
 """What a clock starts: a deployment at its time, or when a recipe's data changed.
 
-The clocks stand in infra/prefect.yaml. Both flows only look and start another deployment's run, by a key, so that what is told twice is done once.
+The clocks stand in infra/prefect.yaml. Both flows only look, and start another deployment's run by a key, so
+that what is told twice is done once.
 """
 
 from __future__ import annotations
