@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def read(delivery: Delivery) -> dict[str, Any]:
         raise HTTPException(400, "a push without ref or commit")
     if not ref.startswith("refs/heads/"):
         raise Ignored("only branches start runs")
-    if not after.strip("0"):
+    if re.fullmatch("0+", after):
         raise Ignored("the branch was deleted")
     try:
         commit, branch = git.commit_id(after), git.branch_name(ref.removeprefix("refs/heads/"))
