@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> int:
             write(spool, push)
         told, problem = drain(spool, time.monotonic() + BUDGET)
         if problem:
-            leave_behind()
+            if config("enginehouse.linger") != "false":
+                leave_behind()
             say(f"{problem}; the push is kept and will be told later")
         elif told and pushes:
             say("handed over " + ", ".join(f"{show(p['branch'])} @ {p['commit'][:7]}" for p in pushes))

@@ -39,7 +39,7 @@ def client(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestCl
     monkeypatch.setattr(git, "_memory", replay.Memory())
     (fresh_home / "services").mkdir(parents=True)
     (fresh_home / "services" / "repositories.yaml").write_text(
-        "zoo:\n  url: /srv/zoo.git\n  also: [git@git.example.org:me/zoo.git]\n  branches: [main, 'release/*']\n"
+        "zoo: {url: /srv/zoo.git, also: [git@git.example.org:me/zoo.git], branches: [main, 'release/*']}"
     )
     with TestClient(app.app(), raise_server_exceptions=False) as client:
         yield client
