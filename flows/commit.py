@@ -189,7 +189,7 @@ def _json(line: str) -> dict[str, Any] | None:
 
 
 def _error(lines: list[str]) -> str:
-    """The command's error, to its end; its last lines where it told none."""
+    """The command's error, to its end; its last line where it told none."""
     starts = [k for k, line in enumerate(lines) if line.startswith("error: ")]
-    told = lines[starts[-1] :] if starts else lines[-3:]
+    told = lines[starts[-1] :] if starts else lines[-1:]
     return "\n".join(told).removeprefix("error: ") or "the command said nothing"
