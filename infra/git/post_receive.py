@@ -157,7 +157,9 @@ class Prefect:
         }
         self.call("POST", f"/deployments/{self.deployment}/create_flow_run", body)
 
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None, again: bool = True) -> Any:
+    def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, again: bool = True, tries: int = 10
+    ) -> Any:
         """The answer's JSON; where the server wants a CSRF token, it gets one."""
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self.url + path, data, self.headers, method=method)
@@ -168,6 +170,9 @@ class Prefect:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             words = error.read(500).decode(errors="replace")
+            if tries and error.code == 503:  # Prefect on SQLite, when two write at once
+                time.sleep(0.1)
+                return self.call(method, path, body, again, tries - 1)
             if again and error.code == 403 and "CSRF" in words.upper():
                 client = str(uuid.uuid4())
                 token = self.call("GET", f"/csrf-token?client={client}", again=False)["token"]

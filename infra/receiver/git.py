@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from infra.receiver import prefect
+from infra.receiver import later
 from infra.receiver.replay import Memory
 from tasks import git, repositories
 from tasks.errors import InputError
@@ -104,12 +104,13 @@ def _taking(verify: Callable[[bytes, Mapping[str, str]], Delivery]) -> Callable[
         marks = (f"{verify.__name__}:{delivery.id}".encode(), body)
         _memory.note(*marks)
         try:
-            tags = ["push", f"branch:{parameters['branch']}", f"commit:{parameters['commit'][:7]}"]
-            run = await prefect.start("push/commit", parameters, git.push_key(**parameters), tags)
+            tags = ("push", f"branch:{parameters['branch']}", f"commit:{parameters['commit'][:7]}")
+            call = later.Call("push/commit", parameters, git.push_key(**parameters), tags)
+            run = await later.start(call)
         except BaseException:
             _memory.forget(*marks)
             raise
-        return JSONResponse({"run": run}, 202)
+        return JSONResponse({"run": run} if run else {"kept": call.key}, 202)
 
     return take
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
 
 PATIENCE = 10  # seconds; MLflow waits 30 for an answer
+PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between tries while Prefect's database is busy
 
 
 class Away(Exception):
@@ -56,19 +57,33 @@ async def warm() -> None:
 
 async def start(deployment: str, parameters: dict[str, Any], key: str, tags: Sequence[str] = ()) -> str:
     """Create a run of `flow/deployment`, or find the one of the same `key`; returns its id."""
-    from httpx import HTTPError
+    from httpx import HTTPError, HTTPStatusError
     from prefect.exceptions import ObjectNotFound
 
     try:
         async with asyncio.timeout(PATIENCE):
-            client, number = await _line.client(), await _line.deployment(deployment)
-            run = await client.create_flow_run_from_deployment(
-                number, parameters=parameters, idempotency_key=key, tags=list(tags)
-            )
+            for pause in (*PAUSES, None):
+                try:
+                    return await _create(deployment, parameters, key, tags)
+                except HTTPStatusError as error:
+                    # Prefect on SQLite says 503 when two write at once; a moment later it goes well.
+                    if error.response.status_code != 503 or pause is None:
+                        raise
+                    await asyncio.sleep(pause)
     except ObjectNotFound as error:
         _line.forget()
         raise Away(f"Prefect does not know the deployment {deployment}: make up applies it") from error
     except (HTTPError, OSError, RuntimeError) as error:  # Prefect's client raises RuntimeError, unconnected
         _line.forget()
-        raise Away(f"Prefect does not answer ({type(error).__name__})") from error
+        answer = getattr(error, "response", None)
+        what = f"HTTP {answer.status_code}" if answer is not None else type(error).__name__
+        raise Away(f"Prefect does not answer ({what})") from error
+    raise AssertionError("the last try returns or raises")
+
+
+async def _create(deployment: str, parameters: dict[str, Any], key: str, tags: Sequence[str]) -> str:
+    client, number = await _line.client(), await _line.deployment(deployment)
+    run = await client.create_flow_run_from_deployment(
+        number, parameters=parameters, idempotency_key=key, tags=list(tags)
+    )
     return str(run.id)

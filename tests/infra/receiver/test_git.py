@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from infra.receiver import app, git, prefect, replay
+from infra.receiver import app, git, later, prefect, replay
 from tests.infra.receiver.deliveries import (
     SECRET,
     SIGNING,
@@ -209,8 +210,10 @@ def test_what_is_too_large_is_refused_before_it_is_read(client: TestClient, star
 def test_while_prefect_is_away_the_sender_is_asked_to_come_again(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    monkeypatch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
+    from prefect.client.orchestration import PrefectClient
+
+    monkeypatch.setattr("prefect.get_client", lambda: PrefectClient("http://127.0.0.1:9/api"))
+    monkeypatch.setattr(later, "SOON", 9)  # a refused connection needs a millisecond, an idle machine given
     post = github(push(A))
     answer = client.post(post.path, content=post.body, headers=post.headers)
     assert answer.status_code == 503
@@ -221,6 +224,41 @@ def test_while_prefect_is_away_the_sender_is_asked_to_come_again(
 
     monkeypatch.setattr(prefect, "start", start)
     assert send(client, post) == 202  # the same delivery again is not a replay
+
+
+def test_who_calls_does_not_wait_for_a_slow_prefect_and_nothing_is_lost(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+
+    async def start(_deployment: str, _parameters: Any, key: str, _tags: Any) -> str:
+        tries.append(key)
+        await asyncio.sleep(0.3)
+        if len(tries) == 1:
+            raise prefect.Away("the database is locked")
+        return "a-run"
+
+    monkeypatch.setattr(prefect, "start", start)
+    monkeypatch.setattr(later, "PAUSES", (0.05,))
+    began = time.monotonic()
+    assert send(client, github(push(A))) == 202
+    assert time.monotonic() - began < 0.25
+    assert len(list(later.folder().glob("*.json"))) == 1
+    deadline = time.monotonic() + 10
+    while list(later.folder().glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(tries) == 2
+    assert len(set(tries)) == 1
+
+
+def test_what_was_kept_is_handed_over_by_the_next_process(client: TestClient, started: list[Any]) -> None:
+    call = later.Call("push/commit", {"commit": A}, "key", ("push",))
+    later._keep(call)
+    with TestClient(app.app()):
+        deadline = time.monotonic() + 10
+        while list(later.folder().glob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert started == [{"commit": A}]
 
 
 def test_an_allow_list_that_cannot_be_read_loses_nothing(
