@@ -57,7 +57,7 @@ async def warm() -> None:
 
 async def start(deployment: str, parameters: dict[str, Any], key: str, tags: Sequence[str] = ()) -> str:
     """Create a run of `flow/deployment`, or find the one of the same `key`; returns its id."""
-    from httpx import HTTPError, HTTPStatusError
+    from httpx import HTTPError, HTTPStatusError, ReadError, RemoteProtocolError
     from prefect.exceptions import ObjectNotFound
 
     try:
@@ -65,9 +65,8 @@ async def start(deployment: str, parameters: dict[str, Any], key: str, tags: Seq
             for pause in (*PAUSES, None):
                 try:
                     return await _create(deployment, parameters, key, tags)
-                except HTTPStatusError as error:
-                    # Prefect on SQLite says 503 when two write at once; a moment later it goes well.
-                    if error.response.status_code != 503 or pause is None:
+                except (HTTPStatusError, ReadError, RemoteProtocolError) as error:
+                    if pause is None or not _passing(error):
                         raise
                     await asyncio.sleep(pause)
     except ObjectNotFound as error:
@@ -79,6 +78,12 @@ async def start(deployment: str, parameters: dict[str, Any], key: str, tags: Seq
         what = f"HTTP {answer.status_code}" if answer is not None else type(error).__name__
         raise Away(f"Prefect does not answer ({what})") from error
     raise AssertionError("the last try returns or raises")
+
+
+def _passing(error: Exception) -> bool:
+    """A line that Prefect had closed, and what it says on SQLite when two write at once: 503."""
+    answer = getattr(error, "response", None)
+    return answer is None or answer.status_code == 503
 
 
 async def _create(deployment: str, parameters: dict[str, Any], key: str, tags: Sequence[str]) -> str:
