@@ -1,4 +1,7 @@
-"""The real thing: pushes to a bare repository reach Prefect, MLflow, a worker and the receiver of `make up`."""
+"""The real thing: pushes to a bare repository reach the Prefect, MLflow, worker and receiver of `make up`.
+
+`-s` shows the seconds from push to run and verdict, and the receiver's latency and memory under a flood.
+"""
 
 from __future__ import annotations
 
@@ -257,8 +260,12 @@ def _promoted(
     assert made.start_time
     began = (datetime.now(timezone.utc) - made.start_time).total_seconds()
     total = time.monotonic() - started
-    print(f"\n{way}: run started after {total - began:.1f} s, verdict after {total:.1f} s")
+    _show(f"{way}: run started after {total - began:.1f} s, verdict after {total:.1f} s")
     return found
+
+
+def _show(line: str) -> None:
+    sys.stdout.write(f"\n{line}\n")
 
 
 def _settled(prefect: SyncPrefectClient, commits: tuple[str, ...]) -> None:
@@ -341,9 +348,8 @@ def test_a_thousand_bad_calls_start_nothing_and_leave_the_receiver_as_it_was(
         assert client.post(good.path, content=good.body, headers=good.headers).status_code == 200
     grown = process.memory_info().rss - resting
     centiles = statistics.quantiles(seconds[50:], n=100)
-    print(
-        f"\np50 {1000 * centiles[49]:.1f} ms, p99 {1000 * centiles[98]:.1f} ms, {grown / 2**20:+.1f} MiB of memory"
-    )
+    milliseconds = [1000 * centiles[k] for k in (49, 98)]
+    _show("p50 {:.1f} ms, p99 {:.1f} ms, ".format(*milliseconds) + f"{grown / 2**20:+.1f} MiB of memory")
     assert grown < 20 << 20
     assert _count(prefect) == before[1]
 
