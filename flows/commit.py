@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prefect.runtime
 from prefect import flow, task
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed
+from pydantic import TypeAdapter, ValidationError
 
-import recipes.schema
 from flows import artifacts
+from recipes.schema import Name
 from tasks import checkout, git, repositories, store
 from tasks.errors import InputError
 from tasks.repositories import Repository
@@ -55,7 +57,12 @@ class Pushed:
     branch: str
 
 
-@flow(name="optimize-commit", flow_run_name="{recipe} @ {commit:.7}", persist_result=False)
+def _name() -> str:
+    asked = prefect.runtime.flow_run.parameters
+    return f"{printable(asked['recipe'])} @ {asked['commit'][:7]}"
+
+
+@flow(name="optimize-commit", flow_run_name=_name, persist_result=False)
 def optimize_commit(repository: str, recipe: str, commit: str, branch: str = "main") -> State[Any]:
     """Run `python -m flows optimize RECIPE` of the commit, there; the commit's status follows."""
     allowed = repositories.find(repository)
@@ -120,11 +127,12 @@ def printable(text: str) -> str:
 
 
 def _check_name(recipe: str) -> None:
-    pattern = recipes.schema.Name.__metadata__[0].pattern  # type: ignore[attr-defined]
-    if not re.fullmatch(pattern, recipe):
+    try:
+        TypeAdapter(Name).validate_python(recipe)
+    except ValidationError:
         raise InputError(
             f"recipes/{printable(recipe)}.yaml: a recipe's name is letters, digits, '.', '_' and '-'"
-        )
+        ) from None
 
 
 @contextmanager

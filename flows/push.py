@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import prefect.runtime
 from prefect import Flow, flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
@@ -16,7 +17,7 @@ from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 from prefect.variables import Variable
 
 from flows.commit import mirror, optimize_commit, printable, tags
@@ -29,7 +30,12 @@ from tasks.status import tell
 heads = task(name="ask for branches", persist_result=False, **NETWORK)(checkout.heads)
 
 
-@flow(name="push", flow_run_name="{branch} @ {commit:.7}", persist_result=False)
+def _name() -> str:
+    asked = prefect.runtime.flow_run.parameters
+    return f"{printable(asked['branch'])} @ {asked['commit'][:7]}"
+
+
+@flow(name="push", flow_run_name=_name, persist_result=False)
 def push(repository: str, commit: str, before: str | None = None, branch: str = "main") -> State[Any]:
     """Start what the push of `before`..`commit` to the branch touches; the state's message says what."""
     commit, branch = git.commit_id(commit), git.branch_name(branch)
@@ -52,7 +58,15 @@ def push(repository: str, commit: str, before: str | None = None, branch: str = 
 def poll(repository: str | None = None, branch: str | None = None) -> State[Any]:
     """Ask the repository (or every allowed one) for branches that moved, and hand those to `push`."""
     wanted = [repositories.find(repository)] if repository else list(repositories.configured())
-    return _done("; ".join(_look(each, branch) for each in wanted) or f"{repositories.file()} allows none")
+    words, problems = [], []
+    for each in wanted:  # one that is away keeps nobody else waiting
+        try:
+            words.append(_look(each, branch))
+        except git.GitError as error:
+            problems.append(f"{each.name}: {error}")
+    if problems:
+        return Failed(message="; ".join([*problems, *words]))
+    return _done("; ".join(words) or f"{repositories.file()} allows none")
 
 
 def _look(repository: Repository, branch: str | None) -> str:
@@ -106,7 +120,7 @@ def _run(
 ) -> None:
     """Through the deployment where a server keeps one, else here and now."""
     if not PREFECT_API_URL.value():
-        flow.with_options(flow_run_name=name.replace("{", "{{").replace("}", "}}"))(**parameters)
+        flow(**parameters)
         return
     try:
         run_deployment(

@@ -211,7 +211,7 @@ def test_a_push_is_promoted_whichever_way_it_comes(
     # 1. The hook: another training, and a recipe that looks at a folder.
     zoo.hook(on=True)
     by_hook = zoo.commit(
-        {f"recipes/{QUICK}.yaml": recipe.replace(b"epochs: 12", b"epochs: 10") + b"watch: [docs/**]\n"}
+        {f"recipes/{QUICK}.yaml": recipe.replace(b"epochs: 12", b"epochs: 6") + b"watch: [docs/**]\n"}
     )
     started = time.monotonic()
     assert "handed over" in zoo.push()
