@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import getpass
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import recipes
+from flows.verbs import BAD_INPUT, FAILED, VERBS
 from tasks import store
 from tasks.errors import InputError
-
-if TYPE_CHECKING:
-    from flows.judge import Outcome
-
-STATUS = {"promoted": 0, "registered": 0, "unchanged": 0, "built": 4, "refused": 3}
-BAD_INPUT, FAILED, ASKS = 2, 1, 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb == "recipes":
             print("\n".join(recipes.names()))
             return 0
-        if options.verb == "verdict":
-            return _verdict(options)
-        if options.verb in VERBS:
-            return VERBS[options.verb](options)
-        if options.recipe:
+        if getattr(options, "recipe", None):
             recipes.load(options.recipe, options.set)
-        return _retrain(options) if options.verb == "retrain" else _optimize(options)
+        return VERBS[options.verb](options)
     except (recipes.RecipeError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -84,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     verdict = verbs.add_parser("verdict", help="judge a logged run again; the bytes must be the same")
     verdict.add_argument("run_id", metavar="RUN_ID", help="the MLflow run")
     _promotion_verbs(verbs)
+    touched = verbs.add_parser("touched", help="list the recipes that a push touches")
+    touched.add_argument("commit", help="40 hex digits")
+    touched.add_argument("--before", help="what the branch held before; the commit's parent by default")
+    touched.add_argument("--repository", default=".", metavar="FOLDER", help="a clone that holds both")
+    push = verbs.add_parser("push", help="start the recipes that a push touches, in a checkout of its commit")
+    push.add_argument("repository", help="a name or an address in the allow list")
+    push.add_argument("commit", help="40 hex digits")
+    push.add_argument("--before", help="what the branch held before; none for a new branch")
+    push.add_argument("--branch", default="main")
     return parser
 
 
@@ -116,156 +113,6 @@ def _promotion_verbs(verbs: Any) -> None:
     predict = verbs.add_parser("predict", help="ask the deployed version")
     predict.add_argument("model", metavar="NAME")
     predict.add_argument("values", metavar="VALUE", nargs="+", help="a text, or an image as a JSON array")
-
-
-def _optimize(options: argparse.Namespace) -> int:
-    store.prepare()
-    from flows.optimize import optimize
-
-    return _told(optimize(options.recipe, options.set), options.json)
-
-
-def _retrain(options: argparse.Namespace) -> int:
-    store.prepare()
-    from flows.retrain import retrain
-
-    outcome = retrain(
-        options.model, options.data, options.checkpoint, options.recipe, options.set, options.rebuild
-    )
-    return _told(outcome, options.json)
-
-
-def _prune(options: argparse.Namespace) -> int:
-    store.prepare()
-    from flows.prune import prune, table
-
-    print(table(prune(options.delete, options.days), options.delete))
-    return 0
-
-
-def _watch(options: argparse.Namespace) -> int:
-    store.prepare()
-    from flows.watch import table, watch
-
-    found = watch(options.model, options.data)
-    print(table(options.model, found))
-    if options.json:
-        print(json.dumps(asdict(found)))
-    return ASKS if found.asks else 0
-
-
-def _told(outcome: Outcome, as_json: bool) -> int:
-    from flows import summary
-
-    print(summary.table(outcome))
-    if as_json:
-        print(json.dumps(summary.as_json(outcome)))
-    return STATUS[outcome.verdict]
-
-
-def _verdict(options: argparse.Namespace) -> int:
-    from flows.verdict import recompute
-
-    content, same = recompute(options.run_id)
-    sys.stdout.buffer.write(content + b"\n")
-    print("the same bytes as logged" if same else "error: NOT the verdict that was logged", file=sys.stderr)
-    return 0 if same else FAILED
-
-
-def _promote(options: argparse.Namespace) -> int:
-    from flows import promote
-    from tasks import registry_alias
-
-    registry_alias.check_model(options.model)
-    if options.to:
-        registry_alias.set_alias(options.model, options.to)
-    done = promote.agree(options.model)
-    print(f"{done.model}: {done.action}, champion {done.champion} ({done.seconds:.1f} s)")
-    return STATUS["refused"] if done.action == "refused" else 0
-
-
-def _reconcile(_options: argparse.Namespace) -> int:
-    from flows import promote
-    from tasks import registry_alias
-
-    for model in registry_alias.models():
-        done = promote.agree(model)
-        print(f"{done.model}: {done.action}, champion {done.champion} ({done.seconds:.1f} s)")
-    return 0
-
-
-def _rollback(options: argparse.Namespace) -> int:
-    from flows import promote
-    from tasks import registry_alias
-
-    registry_alias.check_model(options.model)
-    done = promote.back(options.model, options.to, options.by or _user(), options.reason)
-    print(f"{done.model}: {done.action}, champion {done.champion} ({done.seconds:.1f} s)")
-    return 0 if done.action == "rolled-back" else FAILED
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        return f"user {os.getuid()}"
-
-
-def _override(options: argparse.Namespace) -> int:
-    if not (options.by.strip() and options.reason.strip()):
-        raise InputError("override: --by and --reason must say who answers for it, and why")
-    from flows import promote
-
-    line = promote.override(options.model, options.version, options.by, options.reason)
-    print(
-        f"line {line.number}: version {line.after} of {line.model} may be promoted; now set the alias on it"
-    )
-    return 0
-
-
-def _history(options: argparse.Namespace) -> int:
-    from flows import history
-
-    print(history.table(options.model))
-    return 0
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from flows import verify
-
-    lines, whole = verify.report(options.address)
-    print("\n".join(lines))
-    return 0 if whole else FAILED
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from tasks import deploy
-
-    for row in deploy.predict(options.model, [_value(text) for text in options.values]):
-        print(json.dumps(row))
-    return 0
-
-
-def _value(text: str) -> Any:
-    """An image's JSON array, else the text itself."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return text
-    return found if isinstance(found, list) else text
-
-
-VERBS = {
-    "prune": _prune,
-    "watch": _watch,
-    "promote": _promote,
-    "reconcile": _reconcile,
-    "rollback": _rollback,
-    "override": _override,
-    "history": _history,
-    "verify": _verify,
-    "predict": _predict,
-}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from prefect import flow
 
 import recipes
+from flows.artifacts import publish
 from flows.judge import Outcome, judge, log_failure
 from recipes import Recipe
 from tasks import ledger
@@ -32,7 +33,7 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
     plan = recipes.load(recipe, overrides)
     timeline.clear()
     try:
-        return _optimize(plan)
+        return publish(_optimize(plan))
     except Exception as error:
         log_failure(plan, error)
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from prefect import flow
 
 import recipes
+from flows.artifacts import publish
 from flows.judge import Outcome, judge, log_failure
 from flows.optimize import compress
 from recipes import Recipe
@@ -50,7 +51,7 @@ def retrain(
         plan = planned(champion, data, recipe, overrides)
         timeline.clear()
         try:
-            return _retrain(plan, champion, checkpoint, rebuild)
+            return publish(_retrain(plan, champion, checkpoint, rebuild))
         except Exception as error:
             log_failure(plan, error)
             raise

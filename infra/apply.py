@@ -21,7 +21,7 @@ from tasks.errors import InputError
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-QUEUES = {"build": 1}  # work queue: how many runs at once
+QUEUES = {"build": 1, "push": 2}  # work queue: how many runs at once
 WEBHOOK = "enginehouse-champion"
 EVENTS = ("created", "deleted")  # MLflow says `created` for an alias that moves, too
 AUTOMATION = "enginehouse: a run without a heartbeat has crashed"

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from tasks import store
 
+HOSTS = ("GITHUB", "GITEA", "GITLAB")
+
 MADE: dict[str, Callable[[], str]] = {
     # MLflow encrypts the webhook's secret with this one: with another, every request to it fails.
     "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": lambda: base64.urlsafe_b64encode(os.urandom(32)).decode(),
     "ENGINEHOUSE_MLFLOW_WEBHOOK_SECRET": lambda: secrets.token_urlsafe(32),
+    **{f"ENGINEHOUSE_{host}_WEBHOOK_SECRET": lambda: secrets.token_urlsafe(32) for host in HOSTS},
     "MLFLOW_FLASK_SERVER_SECRET_KEY": lambda: secrets.token_urlsafe(32),
     "MLFLOW_AUTH_ADMIN_PASSWORD": lambda: secrets.token_urlsafe(24),
     "PREFECT_SERVER_API_AUTH_STRING": lambda: f"enginehouse:{secrets.token_urlsafe(24)}",

@@ -88,11 +88,16 @@ def _receiver(setup: Setup) -> dict[str, str]:
 
 
 def _worker(setup: Setup) -> dict[str, str]:
-    return setup.client() | {
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
-        # A run whose process is gone stops sending these; an automation then calls it crashed.
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-    }
+    tokens = {name: value for name, value in setup.keys.items() if name.startswith("ENGINEHOUSE_TOKEN_")}
+    return (
+        setup.client()
+        | tokens
+        | {
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            # A run whose process is gone stops sending these; an automation then calls it crashed.
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        }
+    )
 
 
 def write_auth_config(setup: Setup) -> None:

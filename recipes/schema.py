@@ -15,6 +15,8 @@ Source = Annotated[
     ),
 ]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+# A path of the repository as git's `:(glob)` reads it: `*` stays in a folder, `**` does not.
+Glob = Annotated[str, StringConstraints(pattern=r"^\.?[^/:.](\.?[^.])*\.?$")]
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 
@@ -271,6 +273,8 @@ class Recipe(Section):
     gate: Gate
     promote: Literal["auto", "manual"] = "auto"
     deploy: Deploy | None = Deploy()
+    # Left out of the recipe's digest: it says when to run, not what is made.
+    watch: tuple[Glob, ...] = Field((), exclude=True)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:

@@ -245,6 +245,24 @@ def _logged(what: str) -> Iterator[None]:
         raise InputError(f"{what}: an artifact cannot be read ({error})") from error
 
 
+def gate_report(run_id: str) -> str | None:
+    """The gate's report of a run, as Markdown; None for a run that was not judged."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client()
+    try:
+        return str(mlflow.artifacts.load_text(f"runs:/{run_id}/gate/gate.md"))
+    except (MlflowException, OSError):
+        return None
+
+
+def tag(run_id: str, tags: dict[str, str]) -> None:
+    """Add tags to a run."""
+    for name, value in tags.items():
+        client().set_tag(run_id, name, value)
+
+
 def record_failure(recipe: dict[str, Any], error: BaseException) -> str:
     """Log a run that ended in an error; nothing is registered. Returns the run's id."""
     import mlflow

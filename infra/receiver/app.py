@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infra import keys, process
-from infra.receiver import mlflow
+from infra.receiver import later, mlflow, prefect
 from infra.receiver.prefect import Away
 
 MOST = 4 << 20  # bytes of one request; a push of two thousand commits is about 3 MB
@@ -48,7 +48,10 @@ def _ways_in() -> list[Route]:
 async def _housekeeping(_app: Starlette) -> AsyncIterator[None]:
     """The one process of ours that always runs keeps every service's log below its size."""
     keeping = asyncio.create_task(_bound_logs())
+    loading = asyncio.create_task(prefect.warm())
+    await later.resume()
     yield
+    loading.cancel()
     keeping.cancel()
 
 
