@@ -189,5 +189,5 @@ def whole_plan(plan: Path, weights: Path | None, file: Path) -> None:
     source = model_file(weights)
     model = onnx.load(source)
     tensorrt_refit.check_weights(manifest, model, source)
-    tensorrt_refit.refit_engine(held, manifest["runtime"], manifest["version"], source, model)
+    tensorrt_refit.refit_engine(held, manifest, source, model)
     file.write_bytes(tensorrt_refit.serialized(held, manifest["runtime"], manifest["version"]))
