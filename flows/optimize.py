@@ -13,7 +13,7 @@ import recipes
 from flows.judge import Outcome, judge, log_failure
 from recipes import Recipe
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
-from tasks.build import build, host, precision
+from tasks.build import build, check_build, host, precision
 from tasks.calibrate import calibrate
 from tasks.evaluate import check
 from tasks.export import export
@@ -40,6 +40,7 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
 def _optimize(recipe: Recipe) -> Outcome:
     # 1. Metric, rows and weights: checked here, before anything costly.
     check(recipe.gate, len(recipe.data.labels))
+    check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
     found = {
         "data": content(recipe.data),
         "checkpoint": fingerprint(recipe.model.source, recipe.model.revision),
