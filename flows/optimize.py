@@ -15,7 +15,7 @@ from flows.judge import Outcome, judge, log_failure
 from recipes import Recipe
 from tasks import ledger
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
-from tasks.build import build, host, precision
+from tasks.build import build, check_build, host, precision
 from tasks.calibrate import calibrate
 from tasks.evaluate import check
 from tasks.export import export
@@ -43,6 +43,7 @@ def _optimize(recipe: Recipe) -> Outcome:
     # 1. Ledger, metric, rows and weights: checked here, before anything costly.
     ledger.address()
     check(recipe.gate, len(recipe.data.labels))
+    check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
     found = {
         "data": content(recipe.data),
         "checkpoint": fingerprint(recipe.model.source, recipe.model.revision),

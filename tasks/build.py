@@ -16,6 +16,7 @@ from tasks import batches, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module
 from tasks.engines.common import Built, graph_digest
+from tasks.errors import InputError
 from tasks.stage import say, stage
 
 
@@ -38,8 +39,26 @@ def machine(runtime: Runtime) -> str:
 
 
 def precision(runtime: Runtime) -> Literal["fp32", "fp16"]:
-    """What stays unquantized is FP16 for TensorRT; ONNX Runtime's CPU kernels are FP32."""
-    return "fp32" if runtime == "onnxruntime" else "fp16"
+    """What stays unquantized is FP16 for TensorRT; ONNX Runtime's CPU kernels are FP32.
+
+    So is the graph for TensorRT 8.6, where FP16 is the builder's flag: a half graph has opset 19 or newer.
+    """
+    return "fp32" if runtime == "onnxruntime" or _weakly_typed(runtime) else "fp16"
+
+
+def _weakly_typed(runtime: Runtime) -> bool:
+    return runtime != "onnxruntime" and bool(module(runtime).is_weakly_typed(runtime))
+
+
+def check_build(section: Build, format: str | None, opset: int) -> None:
+    """Raise InputError for what this machine can never build or refit, before anything costly."""
+    for runtime in (section.runtime, *section.also):
+        if runtime != "onnxruntime" and installed(runtime):
+            asked = section.tensorrt or TensorRT()
+            always = asked.refit == "always" and not asked.version_compatible
+            fp8 = format == "fp8"
+            if doubt := module(runtime).cannot(runtime, refit_always=always, fp8=fp8, opset=opset):
+                raise InputError(doubt)
 
 
 @stage(
@@ -110,6 +129,7 @@ def _options(
         "refit": "never" if asked.version_compatible else asked.refit,
         "max_tax": asked.max_tax,
         "individual": asked.individual,
+        "half": _weakly_typed(runtime),
         "sparse": asked.sparse,
         "level": asked.level,
         "workspace": asked.workspace_mb and asked.workspace_mb << 20,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from recipes.schema import Export
-from tasks import batches, checkpoints, store, types
+from tasks import batches, checkpoints, export_scales, store, types
 from tasks.artifacts import Checkpoint, Dataset, Facts, OnnxModel
 from tasks.errors import InputError
 from tasks.stage import stage
@@ -36,6 +36,7 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
     import onnx
 
     model, _ = checkpoints.restore(checkpoint)
+    export_scales.fill_empty(model)
     sample = batches.samples(dataset, batches.preprocessor(checkpoint), count=1, size=2)[0]
     graph = _trace(model, sample, types.load(dataset.type).INPUTS, section.opset)
     _fold(graph)

@@ -168,9 +168,10 @@ def int8refit(clip: Path, report: Report) -> None:
         tensorrt_build.build_here(job)
         held = Recorded(trt, plan.read_bytes(), host_code=False)
     report.add("fresh", _against(held, feed, right))
+    as_made = {"runtime": "tensorrt", "version": trt.__version__, "refit": {}}
     for title, name in (("own weights", "first"), ("new weights", "second"), ("own weights again", "first")):
         path = clip / f"int8-{name}" / "model.onnx"
-        taken = refit_engine(held, "tensorrt", trt.__version__, path, onnx.load(path))
+        taken = refit_engine(held, as_made, path, onnx.load(path))
         report.add(title, {"weights given": len(taken), **_against(held, feed, right)})
 
 

@@ -21,7 +21,15 @@ from tasks.engines import tensorrt_build, tensorrt_parity, tensorrt_proof, tenso
 from tasks.engines import tensorrt_choose as choose
 from tasks.engines import tensorrt_weights as weights_of
 from tasks.engines.common import Arrays, Built, RefitError, Samples, graph_digest, model_file
-from tasks.engines.tensorrt_options import Options, check, data_types, is_quantized, profiles_for
+from tasks.engines.tensorrt_options import (
+    FP8_CAPABILITY,
+    OPSET_8_6,
+    Options,
+    check,
+    data_types,
+    is_quantized,
+    profiles_for,
+)
 from tasks.engines.tensorrt_run import TensorRTSession, load, manifest_of, used_bytes
 from tasks.errors import InputError
 
@@ -37,6 +45,39 @@ def version(flavor: api.Flavor | None = None) -> str | None:
 def device() -> str:
     """The GPU as "NAME (MAJOR.MINOR)", "none" without one."""
     return str(api.gpu() or "none")
+
+
+def is_weakly_typed(runtime: str) -> bool:
+    """Whether precision is the builder's choice, not the graph's, with the TensorRT that is installed."""
+    flavor = api.flavor(runtime)
+    found = version(flavor)
+    return found is not None and api.weakly_typed(flavor, found)
+
+
+def cannot(runtime: str, *, refit_always: bool, fp8: bool, opset: int) -> str:
+    """Why this machine cannot do what a recipe asks, known without a model; "" when it can."""
+    flavor, gpu = api.flavor(runtime), api.gpu()
+    if refit_always and not api.can_execute(flavor):
+        return no_refit(flavor)
+    if is_weakly_typed(runtime):
+        if fp8:
+            return f"quantize.format: fp8 needs TensorRT 10 or newer; here is {version(flavor)}: use int8"
+        if opset > OPSET_8_6:
+            return f"export.opset: TensorRT {version(flavor)} reads up to {OPSET_8_6}, not {opset}"
+    if fp8 and gpu is not None and gpu.capability < FP8_CAPABILITY:
+        return (
+            "quantize.format: fp8 needs compute capability 8.9 (Ada, Hopper or newer); "
+            f"here is {gpu}: use int8"
+        )
+    return ""
+
+
+def no_refit(flavor: api.Flavor) -> str:
+    """What is said of `refit: always` where no refit can be tried."""
+    return (
+        f"refit: always needs a GPU that runs {flavor}; this machine has {device()}: "
+        "build there, or use refit: auto"
+    )
 
 
 def is_sparse(model: Path) -> bool:
@@ -124,7 +165,7 @@ def _job(
 def _built(manifest: Facts, job: tensorrt_build.Job) -> Built:
     """Build where nothing can be executed."""
     if job.options.refit == "always":
-        raise InputError(f"refit: always needs a GPU that runs {job.flavor}; this machine has {device()}")
+        raise InputError(no_refit(job.flavor))
     made = tensorrt_build.run(job)
     refit = {**choose.NO_REFIT, "reason": "built where no GPU could try a refit"}
     facts = {"build_seconds": made["seconds"], "refit": refit, **choose.seal(manifest, job, refit)}
@@ -194,5 +235,5 @@ def whole_plan(plan: Path, weights: Path | None, file: Path) -> None:
     source = model_file(weights)
     model = onnx.load(source)
     tensorrt_refit.check_weights(manifest, model, source)
-    tensorrt_refit.refit_engine(held, manifest["runtime"], manifest["version"], source, model)
+    tensorrt_refit.refit_engine(held, manifest, source, model)
     file.write_bytes(tensorrt_refit.serialized(held, manifest["runtime"], manifest["version"]))

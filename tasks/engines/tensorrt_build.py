@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.engines import tensorrt_constants
 from tasks.engines.tensorrt_api import Flavor, use
 from tasks.engines.tensorrt_options import Options, Profile
 from tasks.errors import InputError
@@ -85,7 +86,10 @@ def _reason(error: str, log: str, status: int) -> str:
 
 
 def build_here(job: Job) -> dict[str, Any]:
-    """Parse, configure and build in this process; writes the plan file and returns seconds and bytes."""
+    """Parse, configure and build in this process; writes the plan file.
+
+    Returns seconds, bytes and, for a plan that is refitted by name, the constants that the parser made.
+    """
     trt = use(job.flavor)
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
 
@@ -95,11 +99,14 @@ def build_here(job: Job) -> dict[str, Any]:
     if job.refit:
         for name in job.options.individual:
             _mark(network, name)
+    named = job.refit and job.weak_types is not None
+    facts = {"constants": tensorrt_constants.of_network(trt, network)} if named else {}
     config = _config(trt, job)(builder, network)
     parsed = time.perf_counter()
     plan = engine_bytes_from_network((builder, network, parser), config=config, save_timing_cache=job.cache)
     Path(job.plan).write_bytes(memoryview(plan))
-    return {"seconds": time.perf_counter() - start, "parse_seconds": parsed - start, "bytes": plan.nbytes}
+    seconds = {"seconds": time.perf_counter() - start, "parse_seconds": parsed - start}
+    return {**seconds, "bytes": plan.nbytes, **facts}
 
 
 def _mark(network: Any, name: str) -> None:

@@ -16,6 +16,7 @@ import onnx
 
 from tasks.artifacts import Facts
 from tasks.engines import tensorrt_build, tensorrt_parity, tensorrt_refit
+from tasks.engines import tensorrt_constants as constants_of
 from tasks.engines import tensorrt_weights as weights_of
 from tasks.engines.common import Arrays, RefitError, Samples
 from tasks.engines.tensorrt_options import trtexec
@@ -27,6 +28,7 @@ NO_REFIT: Facts = {
     "identical": None,
     "two_four": [],
     "fixed": {},  # trained tensors that the plan keeps whatever a refit gives, with their digests
+    "constants": {},  # what TensorRT made from shapes and asks back of a refit, with its values
     "fresh_error": None,
     "tax": None,
 }
@@ -109,8 +111,8 @@ def _try_refittable(
     seal(manifest, job, refit)
     tried: Facts = {"build_seconds": made["seconds"], "plain": dict(plain)}
     try:
-        tried |= trial(plan, job, samples, expected)
-        refit["fixed"] = tried.pop("fixed")
+        tried |= trial(plan, job, samples, expected, made.get("constants", {}))
+        refit |= {key: tried.pop(key) for key in ("fixed", "constants")}
         weights = Path(job.model) if kind == "stripped" else None
         tried["latency_ms"] = _measured(plan, weights, samples, expected)["latency_ms"]
         refit["tax"] = tried["latency_ms"] / plain["latency_ms"] - 1
@@ -123,32 +125,39 @@ def _try_refittable(
     return {**refit, **tried, "reason": why}
 
 
-def trial(plan: Path, job: tensorrt_build.Job, samples: Samples, expected: Sequence[Arrays]) -> Facts:
+def trial(
+    plan: Path, job: tensorrt_build.Job, samples: Samples, expected: Sequence[Arrays], made: Facts
+) -> Facts:
     """Refit with quite other weights, then back; RefitError unless both times the outputs are right.
 
-    Back alone proves nothing: an engine that ignores what it is given is right again too. Returns the
-    seconds of the second refit, how many weights it gave, and the tensors that no refit reaches.
+    Back alone proves nothing: an engine that ignores what it is given is right again too. `made` are the
+    constants that the parser added. Returns the seconds of the second refit, how many weights it gave, the
+    trained tensors that no refit reaches, and the constants that every refit must give.
     """
     held, manifest = load(plan)
-    flavor, version, refit = manifest["runtime"], manifest["version"], manifest["refit"]
-    source = Path(job.model)
-    model, tried = onnx.load(source), {}
+    refit, source = manifest["refit"], Path(job.model)
+    model, sample = onnx.load(source), [smallest(samples[0], job)]
+    lacking = tensorrt_refit.lacking(held, manifest, model)
+    given = {**made, **constants_of.of_graph(model, lacking, sample[0])}
+    refit["constants"] = {name: given[name] for name in lacking if name in given}
+    tried: Facts = {}
     if not refit["identical"]:
-        other, sample = weights_of.rolled(model, job.options.individual), [smallest(samples[0], job)]
+        other = weights_of.rolled(model, job.options.individual)
         right = tensorrt_parity.evaluate(other, sample)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             onnx.save(other, path)
-            tensorrt_refit.refit_engine(held, flavor, version, path, other)
+            tensorrt_refit.refit_engine(held, manifest, path, other)
         with TensorRTSession(held) as session:
             tried["other"] = tensorrt_parity.verify(session, sample, right, refit["fresh_error"])
     start = time.perf_counter()
-    names = tensorrt_refit.refit_engine(held, flavor, version, source, model)
+    names = tensorrt_refit.refit_engine(held, manifest, source, model)
     seconds = time.perf_counter() - start
     with TensorRTSession(held) as session:
         tried["back"] = tensorrt_parity.verify(session, samples, expected, refit["fresh_error"])
     fixed = {name: value for name, value in weights_of.digests(model).items() if name not in names}
-    return {"weights": len(names), "refit_seconds": seconds, "trial": tried, "fixed": fixed}
+    found = {"weights": len(names), "refit_seconds": seconds, "trial": tried}
+    return {**found, "fixed": fixed, "constants": refit["constants"]}
 
 
 def smallest(sample: Arrays, job: tensorrt_build.Job) -> Arrays:

@@ -74,6 +74,16 @@ def is_quantized(model: onnx.ModelProto) -> bool:
     return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
 
 
+def half_scales(model: onnx.ModelProto) -> bool:
+    """True when a quantizer's scale is stored as FP16."""
+    stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return any(
+        stored.get(node.input[1]) == onnx.TensorProto.FLOAT16
+        for node in model.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    )
+
+
 def opset(model: onnx.ModelProto) -> int:
     """The version of the default operator set."""
     return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
@@ -93,6 +103,11 @@ def check(
         if found := types & NEW_TYPES:
             names = ", ".join(sorted(onnx.TensorProto.DataType.Name(t) for t in found))
             raise InputError(f"{path} holds {names}, which need TensorRT 10 or newer; here is {version}")
+        if half_scales(model):
+            raise InputError(
+                f"{path} has quantizers with FP16 scales, which TensorRT {version} reads as FP32 and calls "
+                "not positive: export it in FP32, and let the builder choose FP16 (half)"
+            )
         if options.hardware == "same_compute_capability":
             raise InputError(f"hardware: same_compute_capability needs TensorRT 10; here is {version}")
         if options.individual or options.identical:

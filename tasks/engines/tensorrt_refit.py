@@ -12,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from tasks.engines import tensorrt_api as api
+from tasks.engines import tensorrt_constants as constants_of
 from tasks.engines import tensorrt_weights as weights
 from tasks.engines.common import RefitError, graph_digest, model_file
 from tasks.engines.tensorrt_run import Recorded, TensorRTSession, load
@@ -49,15 +50,24 @@ def opened(plan: Path, weights_at: Path | None, *, lean: bool = False) -> Tensor
         source = model_file(weights_at)
         model = onnx.load(source)
         check_weights(manifest, model, source)
-        refit_engine(held, manifest["runtime"], manifest["version"], source, model)
+        refit_engine(held, manifest, source, model)
     seconds = time.perf_counter() - start
     session = TensorRTSession(held)
     session.refit_seconds = seconds if weights_at is not None else None
     return session
 
 
+def lacking(held: Recorded, manifest: Mapping[str, Any], model: onnx.ModelProto) -> list[str]:
+    """What a refit by name (TensorRT 8.6) must give and the model has no tensor for."""
+    if not api.weakly_typed(manifest["runtime"], manifest["version"]):
+        return []
+    trt = held.trt
+    refitter = trt.Refitter(held.engine, held.logger)
+    return sorted(set(refitter.get_all_weights()) - set(weights.tensors(model)))
+
+
 def refit_engine(
-    held: Recorded, flavor: api.Flavor, version: str, path: Path, model: onnx.ModelProto
+    held: Recorded, manifest: Mapping[str, Any], path: Path, model: onnx.ModelProto
 ) -> list[str]:
     """Give the engine the weights of the model at `path`; returns the names. RefitError on any doubt."""
     trt = held.trt
@@ -65,8 +75,10 @@ def refit_engine(
     names = list(refitter.get_all_weights())
     if not names:
         raise RefitError("the engine has no refittable weights")
-    if api.weakly_typed(flavor, version):
-        kept = _give_named(refitter, names, weights.tensors(model), held)
+    if api.weakly_typed(manifest["runtime"], manifest["version"]):
+        found = {name: numpy_helper.to_array(tensor) for name, tensor in weights.tensors(model).items()}
+        made = constants_of.arrays(manifest["refit"].get("constants", {}))
+        kept = _give_named(refitter, names, {**made, **found}, held)
     else:
         kept = _give_onnx(trt, refitter, path, held)
     if missing := list(refitter.get_missing_weights()):
@@ -78,14 +90,14 @@ def refit_engine(
 
 
 def _give_named(
-    refitter: Any, names: list[str], found: Mapping[str, onnx.TensorProto], held: Recorded
+    refitter: Any, names: list[str], found: Mapping[str, np.ndarray], held: Recorded
 ) -> list[np.ndarray]:
     """TensorRT 8.6: every refittable weight by name."""
     if lacking := sorted(set(names) - set(found)):
         raise RefitError(f"the model has no tensor for {lacking[:5]} ({len(lacking)} in all)")
     arrays = []
     for name in names:
-        array = as_8_6(numpy_helper.to_array(found[name]))
+        array = as_8_6(found[name])
         arrays.append(array)
         if not refitter.set_named_weights(name, array):
             raise RefitError(f"weights {name} were refused: {held.said()}")

@@ -14,6 +14,8 @@ from recipes.schema import Build, TensorRT
 from tasks import batches, build, store, types
 from tasks.artifacts import Engine, OnnxModel
 from tasks.engines import tensorrt
+from tasks.engines import tensorrt_api as api
+from tasks.errors import InputError
 
 if TYPE_CHECKING:
     from conftest import Case
@@ -66,6 +68,59 @@ def test_several_profiles_and_every_flag(text: Case) -> None:
 def test_a_version_compatible_plan_is_not_made_refittable(image: Case) -> None:
     assert options(image, tensorrt=TensorRT(version_compatible=True))["refit"] == "never"
     assert options(image)["refit"] == "auto"
+
+
+@pytest.fixture
+def weakly_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT 8.6 on an H100."""
+    monkeypatch.setattr(api, "version_of", lambda flavor: "8.6.0")
+    monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA H100 80GB HBM3", (9, 0)))
+
+
+def test_the_builder_chooses_fp16_where_it_is_weakly_typed(image: Case, weakly_typed: None) -> None:
+    """A graph converted to FP16 has opset 19 at least, and TensorRT 8.6 reads up to 17."""
+    assert build.precision("tensorrt") == "fp32"
+    section, preprocessor = Build(runtime="tensorrt"), batches.preprocessor(image.checkpoint)
+    sample = batches.samples(image.dataset, preprocessor)[0]
+    assert build._options("tensorrt", section, image.dataset, preprocessor, sample)["half"] is True
+
+
+@needs_rtx
+def test_a_strongly_typed_network_takes_precision_from_the_graph(image: Case) -> None:
+    assert build.precision("tensorrt-rtx") == "fp16"
+    assert options(image)["half"] is False
+
+
+@pytest.mark.parametrize(
+    ("format", "opset", "says"),
+    [("fp8", 17, "fp8 needs TensorRT 10"), ("int8", 20, "reads up to 17, not 20")],
+)
+def test_what_an_old_tensorrt_cannot_is_said_first(
+    weakly_typed: None, format: str, opset: int, says: str
+) -> None:
+    section = Build(runtime="tensorrt", tensorrt=TensorRT(refit="always"))
+    with pytest.raises(InputError, match=says):
+        build.check_build(section, format, opset)
+    build.check_build(section, "int8", 17)
+
+
+def test_fp8_on_an_old_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "version_of", lambda flavor: "10.14.1")
+    monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA A100", (8, 0)))
+    section = Build(runtime="onnxruntime", also=("tensorrt",))
+    with pytest.raises(InputError, match="fp8 needs compute capability 8.9 .*; here is NVIDIA A100"):
+        build.check_build(section, "fp8", 20)
+    build.check_build(section, "int8", 20)
+
+
+@needs_rtx
+@no_gpu
+def test_a_refit_that_nothing_here_can_try_is_said_first() -> None:
+    section = Build(runtime="onnxruntime", also=("tensorrt-rtx",), tensorrt=TensorRT(refit="always"))
+    with pytest.raises(InputError, match="refit: always needs a GPU that runs tensorrt_rtx"):
+        build.check_build(section, "int8", 20)
+    build.check_build(Build(runtime="onnxruntime"), "fp8", 20)
+    build.check_build(Build(runtime="tensorrt-rtx"), "fp8", 20)
 
 
 def test_timings_are_kept_beside_the_store(image: Case) -> None:

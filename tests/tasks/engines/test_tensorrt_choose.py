@@ -51,17 +51,17 @@ class Session:
     def __exit__(self, *_: object) -> None: ...
 
 
-def honest(held: Engine, flavor: str, version: str, path: Path, model: onnx.ModelProto) -> list[str]:
+def honest(held: Engine, manifest: dict[str, Any], path: Path, model: onnx.ModelProto) -> list[str]:
     held.model = onnx.load(path)
     return [name for name in weights.digests(model) if name != "b2"]
 
 
-def lying(held: Engine, flavor: str, version: str, path: Path, model: onnx.ModelProto) -> list[str]:
+def lying(held: Engine, manifest: dict[str, Any], path: Path, model: onnx.ModelProto) -> list[str]:
     """TensorRT 8.6 with INT8 in a compiled region: everything is taken, nothing changes."""
     return list(weights.digests(model))
 
 
-def forgetful(held: Engine, flavor: str, version: str, path: Path, model: onnx.ModelProto) -> list[str]:
+def forgetful(held: Engine, manifest: dict[str, Any], path: Path, model: onnx.ModelProto) -> list[str]:
     """TensorRT 11.3's documented kind: one bias is not refitted."""
     kept = next(t for t in held.model.graph.initializer if t.name == "b1")
     new = onnx.load(path)
@@ -82,6 +82,7 @@ def evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "TensorRTSession", Session)
     monkeypatch.setattr(tensorrt_build, "run", run)
     monkeypatch.setattr(tensorrt_refit, "refit_engine", honest)
+    monkeypatch.setattr(tensorrt_refit, "lacking", lambda held, manifest, model: [])
     monkeypatch.setattr(tensorrt, "proof", lambda plan: {"quantized_share": 0.0})
     monkeypatch.setattr(api, "version_of", lambda flavor: "8.6.0")
     monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA H100 80GB HBM3", (9, 0)))

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from benchmarks.tensorrt import mlp, qdq
 from tasks.engines.tensorrt_api import Flavor, Gpu
 from tasks.engines.tensorrt_options import Options, check, profiles_for, trtexec
 from tasks.errors import InputError
@@ -59,6 +60,17 @@ def test_refused(
 ) -> None:
     with pytest.raises(InputError, match=says):
         check(made, PATH, flavor, version, gpu, Options(**options))
+
+
+def test_scales_that_8_6_misreads() -> None:
+    """Its parser reads FP16 scales as FP32: seen on an H100 with CLIP, all of whose scales are positive."""
+    half, wide = mlp.mlp(32, 4, kind="fp16"), mlp.mlp(32, 4, kind="fp32")
+    amax = {f"matmul{i}": 4.5 for i in range(3)}
+    half, wide = (qdq.insert(made, amax, "int8", fold=True) for made in (half, wide))
+    with pytest.raises(InputError, match="FP16 scales, which TensorRT 8.6.0 reads as FP32"):
+        check(half, PATH, "tensorrt", "8.6.0", HOPPER, Options())
+    check(wide, PATH, "tensorrt", "8.6.0", HOPPER, Options(half=True))
+    check(half, PATH, "tensorrt", "10.14.1", HOPPER, Options())
 
 
 def test_accepted() -> None:

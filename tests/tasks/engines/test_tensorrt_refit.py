@@ -19,6 +19,7 @@ from tasks.errors import InputError
 
 WIDTH, ROWS = 32, 4
 FEED = mlp.feed(WIDTH, ROWS)
+MADE: dict[str, Any] = {"runtime": "tensorrt", "version": "8.6.0", "refit": {}}
 
 
 def net(seed: int = 0, **options: Any) -> onnx.ModelProto:
@@ -139,14 +140,14 @@ class Held:
 def test_coverage(names: list[str], trouble: Any, says: str) -> None:
     held: Any = Held(names, **trouble)
     with pytest.raises(RefitError, match=says):
-        tensorrt_refit.refit_engine(held, "tensorrt", "8.6.0", Path("new.onnx"), net(1))
+        tensorrt_refit.refit_engine(held, MADE, Path("new.onnx"), net(1))
 
 
 def test_what_8_6_is_given() -> None:
     model = net(1, kind="int8")
     names = [t.name for t in model.graph.initializer]
     held: Any = Held(names)
-    assert tensorrt_refit.refit_engine(held, "tensorrt", "8.6.0", Path("new.onnx"), model) == names
+    assert tensorrt_refit.refit_engine(held, MADE, Path("new.onnx"), model) == names
     assert {array.dtype for array in held.given.values()} == {np.dtype(np.float32)}
     assert tensorrt_refit.as_8_6(np.array([1, 2], np.int64)).dtype == np.int32
     assert tensorrt_refit.as_8_6(np.array([1, 2], np.float16)).dtype == np.float16
