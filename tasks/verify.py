@@ -34,6 +34,8 @@ class Findings:
 def verify(model: str, version: str) -> Findings:
     """Its artifacts against their digests and on this machine; what is wrong is found, not raised."""
     registered = registry.registered(model, version)
+    if not registered.run_id:
+        return Findings(registered, None, None, {}, ("its artifacts do not open: no run made it",))
     try:
         recipe = registry.recipe_of(registered.run_id)
         manifest = registry.manifest_of(registered.run_id)
@@ -120,7 +122,7 @@ def word(registered: Registered) -> tuple[str, ...]:
 def judgement(registered: Registered) -> tuple[str, ...]:
     """What a person may override: its tags' word, and the verdict itself, judged again."""
     found = list(word(registered))
-    if registered.tags.get("gate") == "pending":
+    if registered.tags.get("gate") == "pending" or not registered.run_id:
         return tuple(found)
     try:
         verdict, same = recompute(registered.run_id)

@@ -387,7 +387,9 @@ def test_the_pipeline_first_puts_back_an_alias_that_a_person_moved(
     assert state() == (first.version,) * 3
 
 
-def test_models_of_others_are_left_alone_and_a_strange_version_is_put_back(first: Version) -> None:
+def test_models_of_others_are_left_alone_and_a_strange_version_is_put_back(
+    first: Version, tmp_path: Path
+) -> None:
     """A version made by hand: no run, no tags; with an override it still has no engine."""
     client = registry.client()
     source = client.get_model_version(MODEL, first.version).source
@@ -396,7 +398,7 @@ def test_models_of_others_are_left_alone_and_a_strange_version_is_put_back(first
     client.set_registered_model_alias("someone-elses", "champion", "1")
     assert promote.agree("someone-elses").action == "nothing"
     assert registry_alias.alias_of("someone-elses") == "1"
-    strange = str(client.create_model_version(MODEL, source).version)
+    strange = str(client.create_model_version(MODEL, tmp_path.as_uri()).version)
     set_alias(strange)
     assert "its gate says nothing" in promote.agree(MODEL).reason
     promote.override(MODEL, strange, "Ada", "because")
