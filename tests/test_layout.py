@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("flows", "tasks", "recipes")
-FORBIDDEN = {"recipes": {"flows", "tasks"}, "tasks": {"flows"}, "flows": set()}
+PACKAGES = ("flows", "tasks", "recipes", "infra")
+FORBIDDEN = {
+    "recipes": {"flows", "tasks", "infra"},
+    "tasks": {"flows", "infra"},
+    "flows": {"infra"},
+    "infra": {"recipes"},
+}
 OWNERS = {
     "mlflow": {"tasks/registry*.py", "tasks/serving.py"},
     "modelopt": {
@@ -53,6 +58,14 @@ def test_imports_go_one_way() -> None:
     for file in modules():
         package = file.relative_to(ROOT).parts[0]
         assert not imports(ast.parse(file.read_text())) & FORBIDDEN[package], file
+
+
+def test_infra_uses_little_of_the_rest() -> None:
+    allowed = {"settings", "store", "errors", "git", "repositories", "InputError", "Repository"}
+    for file in (ROOT / "infra").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES[:3]:
+                assert {alias.name for alias in node.names} <= allowed, file
 
 
 @pytest.mark.parametrize("library", OWNERS)

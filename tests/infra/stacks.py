@@ -79,7 +79,7 @@ class Stack:
         """A Python command of this checkout."""
         return subprocess.run(
             (sys.executable, *arguments), cwd=ROOT, env=self.environment() | environment,
-            capture_output=True, text=True, check=False, timeout=300,
+            capture_output=True, text=True, check=False, timeout=900,
         )  # fmt: skip
 
     def up(self, **chosen: str) -> str:

@@ -16,7 +16,7 @@ from tests.infra.stacks import MODEL, OTHER, PASSED, Stack, until
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SERVICES = ("prefect", "mlflow", "receiver", "worker")
 
 
