@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from flows.judge import Outcome
 
 STATUS = {"promoted": 0, "registered": 0, "unchanged": 0, "built": 4, "refused": 3}
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, ASKS = 2, 1, 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _push(options)
         if options.verb == "prune":
             return _prune(options)
+        if options.verb == "watch":
+            return _watch(options)
         if options.recipe:
             recipes.load(options.recipe, options.set)
         return _retrain(options) if options.verb == "retrain" else _optimize(options)
@@ -60,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flows",
         description="Fine-tune, prune, quantize, build, gate and promote.",
-        epilog="Exit status: 0 promoted, registered or nothing changed, 3 refused by the gate, "
-        "4 built but not executable here, 2 bad recipe or input, 1 anything else.",
+        epilog="Exit status: 0 promoted, registered or nothing changed, 3 refused by the gate, 4 built but "
+        "not executable here, 5 watch asks for something, 2 bad recipe or input, 1 anything else.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     optimize = verbs.add_parser("optimize", help="run a recipe from data to a promoted engine")
@@ -76,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         "--rebuild", action="store_true", help="retrain anyway, and build instead of refitting"
     )
     _common(retrain)
+    watch = verbs.add_parser("watch", help="compare new, unlabelled inputs with the calibration rows")
+    watch.add_argument("model", help="the registered model's name")
+    watch.add_argument("--data", metavar="SOURCE", required=True, help="a path, or a source as in a recipe")
+    watch.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
     prune = verbs.add_parser("prune", help="remove artifacts that no version, run or ledger line refers to")
     prune.add_argument("--delete", action="store_true", help="do it; otherwise only say what would go")
     prune.add_argument("--days", type=float, default=1.0, help="touch nothing younger (1)")
@@ -127,6 +134,17 @@ def _prune(options: argparse.Namespace) -> int:
 
     print(table(prune(options.delete, options.days), options.delete))
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    store.prepare()
+    from flows.watch import table, watch
+
+    found = watch(options.model, options.data)
+    print(table(options.model, found))
+    if options.json:
+        print(json.dumps(asdict(found)))
+    return ASKS if found.asks else 0
 
 
 def _told(outcome: Outcome, as_json: bool) -> int:

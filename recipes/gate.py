@@ -53,9 +53,9 @@ class Gate(BaseModel):
     min_sparse_share: Share | None = None
     """Least share of the work that really runs sparse."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    """Of every interval. The rates of false passes and of false refusals are at most 1 - confidence."""
+    """Of every interval; false passes, and false refusals on a set fine enough, are at most the rest."""
     on_coarse: Literal["refuse", "warn"] = "refuse"
-    """When the evaluation set cannot tell a drop of `max_drop` (or `max_forgetting`) from noise."""
+    """When the examples, beyond doubt, cannot tell a drop of `max_drop` (or `max_forgetting`) from noise."""
     on_missing: Literal["refuse", "pass"] = "refuse"
     """When a rule's measurement is missing. No champion yet is not missing."""
 

@@ -43,7 +43,13 @@ def rows(file: Path) -> list[tuple[str, int]]:
     return [(text, int(float(rating) > 0)) for _, rating, text in parsed if abs(float(rating)) > 1]
 
 
-def make(source: Path, examples: Sequence[tuple[str, int]], folder: Path) -> None:
+def make(
+    source: Path,
+    examples: Sequence[tuple[str, int]],
+    folder: Path,
+    epochs: float = 1,
+    learning_rate: float = 1e-4,
+) -> None:
     """The checkpoint in `folder`: config, tokenizer, weights and ModelOpt's state."""
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
@@ -57,7 +63,11 @@ def make(source: Path, examples: Sequence[tuple[str, int]], folder: Path) -> Non
         source, num_labels=len(LABELS), attn_implementation="eager", dtype=torch.float32
     )
     arguments = TrainingArguments(
-        str(folder / "training"), num_train_epochs=1, learning_rate=1e-4, save_strategy="no", report_to=[]
+        str(folder / "training"),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        save_strategy="no",
+        report_to=[],
     )
 
     def collate(batch: Sequence[tuple[str, int]]) -> dict[str, Any]:

@@ -112,8 +112,11 @@ class Quantize(Section):
 
 
 class Drift(Section):
-    """When `python -m flows watch` asks for something: shares of activations past a quantizer's range, and
-    the population stability index (PSI) of inputs or scores against the calibration rows."""
+    """When `python -m flows watch` asks for something.
+
+    `max_overflow` is how much more of a quantizer's values may lie at the end of its range than in
+    calibration, `max_psi` the population stability index of inputs, classes or scores.
+    """
 
     max_overflow: float = Field(0.01, gt=0, lt=1)
     max_psi: float = Field(0.2, gt=0)
@@ -126,6 +129,71 @@ class Export(Section):
     opset: int = Field(20, ge=17, le=23)
 
 
+Range = tuple[
+    Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]
+]  # min, opt, max
+
+
+class Profile(Section):
+    """Shapes that a plan is tuned for, each [min, opt, max]; without `length` (text): up to max_length."""
+
+    batch: Range
+    length: Range | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Profile:
+        for name, found in (("batch", self.batch), ("length", self.length)):
+            if found and list(found) != sorted(found):
+                raise ValueError(f"{name} is [min, opt, max] in this order, not {list(found)}")
+        return self
+
+    def holds(self, batch: int, length: int) -> bool:
+        """Whether the shape lies within."""
+        low, _, high = self.length or (1, 1, length)
+        return self.batch[0] <= batch <= self.batch[2] and low <= length <= high
+
+
+TAX = 0.05
+
+
+class TensorRT(Section):
+    """How TensorRT builds. `refit: auto` keeps a refittable plan that costs at most `max_tax` of latency.
+
+    sparse: by default where the ONNX holds 2:4 weights. individual: the only weights that will change.
+    builds: keep the fastest of so many. A version compatible plan opens with later versions, never refits.
+    """
+
+    profiles: tuple[Profile, ...] = ()
+    refit: Literal["auto", "always", "never"] = "auto"
+    max_tax: float = Field(TAX, ge=0)
+    individual: tuple[str, ...] = ()
+    sparse: bool | None = None
+    level: int | None = Field(None, ge=0, le=5)
+    workspace_mb: int | None = Field(None, ge=1)
+    builds: int = Field(1, ge=1, le=20)
+    timing_cache: bool = True
+    version_compatible: bool = False
+    hardware: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+
+    @model_validator(mode="after")
+    def _together(self) -> TensorRT:
+        if self.version_compatible and self.refit == "always":
+            raise ValueError("refit: always and version_compatible exclude each other; give up one of them")
+        if self.individual and (self.refit == "never" or self.version_compatible):
+            raise ValueError("individual names weights for a refit, which this plan never gets; leave it out")
+        if self.max_tax != TAX and self.refit != "auto":
+            raise ValueError(f"max_tax is for refit: auto; with refit: {self.refit} leave it out")
+        return self
+
+    def uncovered(self, batch: int, length: int) -> tuple[int, int] | None:
+        """A shape from (1, 1) to (batch, length) that no profile holds; None when all are held."""
+        batches = {1, *(p.batch[0] for p in self.profiles), *(p.batch[2] + 1 for p in self.profiles)}
+        spans = [p.length for p in self.profiles if p.length]
+        lengths = {1, *(span[0] for span in spans), *(span[2] + 1 for span in spans)}
+        corners = ((b, n) for b in sorted(batches) for n in sorted(lengths) if b <= batch and n <= length)
+        return next((at for at in corners if not any(p.holds(*at) for p in self.profiles)), None)
+
+
 class Build(Section):
     """The runtime that serves (`runtime`), and further ones built beside it where they are installed."""
 
@@ -134,6 +202,25 @@ class Build(Section):
     threads: int | None = Field(None, ge=1)
     max_batch: int = Field(64, ge=1)
     timeout_minutes: float = Field(60, gt=0)
+    tensorrt: TensorRT | None = None
+
+    @model_validator(mode="after")
+    def _for_a_tensorrt(self) -> Build:
+        if self.tensorrt is None:
+            return self
+        runtimes = {self.runtime, *self.also} - {"onnxruntime"}
+        if not runtimes:
+            raise ValueError(
+                "build.tensorrt is set and nothing is built for TensorRT: name tensorrt or tensorrt-rtx as "
+                "build.runtime or in build.also, or leave the section out"
+            )
+        largest = max((profile.batch[2] for profile in self.tensorrt.profiles), default=self.max_batch)
+        if largest != self.max_batch:
+            raise ValueError(
+                f"build.max_batch is {self.max_batch} and the largest batch of build.tensorrt.profiles is "
+                f"{largest}: make them equal"
+            )
+        return self
 
     @model_validator(mode="after")
     def _target_once(self) -> Build:
@@ -188,6 +275,24 @@ class Recipe(Section):
             raise ValueError("gate: nothing holds the quality; set max_drop, min_ratio or floors")
         if max(self.benchmark.batch_sizes) > self.build.max_batch:
             raise ValueError("benchmark.batch_sizes goes beyond build.max_batch")
+        return self
+
+    @model_validator(mode="after")
+    def _profiles_fit(self) -> Recipe:
+        profiles = self.build.tensorrt.profiles if self.build.tensorrt else ()
+        if not (self.build.tensorrt and profiles):
+            return self
+        text = self.task == "text-classification"
+        if not text and any(profile.length for profile in profiles):
+            raise ValueError("build.tensorrt.profiles: images have a batch and no length; leave length out")
+        longest = self.data.max_length if text else 1
+        if gap := self.build.tensorrt.uncovered(self.build.max_batch, longest):
+            what = f"batch {gap[0]}" + (f" at length {gap[1]}" if text else "")
+            raise ValueError(
+                f"build.tensorrt.profiles: none holds {what}; together they must hold every batch from 1 to "
+                f"build.max_batch ({self.build.max_batch})"
+                + (f" at every length from 1 to data.max_length ({longest})" if text else "")
+            )
         return self
 
     @property

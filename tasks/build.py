@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.schema import Build, Runtime
+from recipes.schema import Build, Profile, Runtime, TensorRT
 from tasks import batches, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module
 from tasks.engines.common import Built, graph_digest
-from tasks.stage import stage
+from tasks.stage import say, stage
 
 
 def installed(runtime: Runtime) -> str | None:
@@ -62,8 +62,13 @@ def build(
             built = _only_checked(model, folder, runtime)
         else:
             samples = batches.samples(dataset, folder / "preprocessor")
+            source = store.path(model.blob)
             options = _options(runtime, section, dataset, folder / "preprocessor", samples[0])
-            built = module(runtime).build(store.path(model.blob), folder, samples=samples, **options)
+            if runtime != "onnxruntime" and options["sparse"] is None:
+                options["sparse"] = module(runtime).is_sparse(source)
+            built = module(runtime).build(source, folder, samples=samples, **options)
+            if "command" in built.facts:
+                say(f"build, {runtime} {built.version}: {built.facts['command']}")
         return _engine(built, folder, model.format)
 
 
@@ -93,20 +98,44 @@ def _options(
 ) -> dict[str, Any]:
     if runtime == "onnxruntime":
         return {"threads": section.threads}
+    asked = section.tensorrt or TensorRT()
     longest = types.settings(preprocessor).get("max_length")
     axes = types.load(dataset.type).INPUTS
-    profile = {
+    most = section.max_batch
+    profiles = asked.profiles or (Profile(batch=(1, min(8, most), most)),)
+    flavor = runtime.replace("-", "_")
+    return {
+        "flavor": flavor,
+        "profiles": [_shapes(profile, sample, axes, longest) for profile in profiles],
+        "refit": "never" if asked.version_compatible else asked.refit,
+        "max_tax": asked.max_tax,
+        "individual": asked.individual,
+        "sparse": asked.sparse,
+        "level": asked.level,
+        "workspace": asked.workspace_mb and asked.workspace_mb << 20,
+        "builds": asked.builds if module(runtime).device() != "none" else 1,
+        "timing_cache": str(store.home() / "timing-cache") if asked.timing_cache else None,
+        "version_compatible": asked.version_compatible,
+        "hardware": asked.hardware,
+        "timeout": section.timeout_minutes * 60,
+    }
+
+
+def _shapes(
+    profile: Profile, sample: types.Example, axes: dict[str, dict[int, str]], longest: int | None
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The profile as {input: {min, opt, max}}; axes that it does not name are as in the sample."""
+    seen = [
+        array.shape[k] for name, array in sample.items() for k, axis in axes[name].items() if axis == "length"
+    ]
+    lengths = profile.length or (1, min([*seen, longest or 1]), longest or 1)
+    bounds = {"min": 0, "opt": 1, "max": 2}
+    return {
         name: {
-            "min": _shape(array.shape, axes[name], {"batch": 1, "length": 1}),
-            "opt": _shape(array.shape, axes[name], {"batch": min(8, section.max_batch)}),
-            "max": _shape(array.shape, axes[name], {"batch": section.max_batch, "length": longest}),
+            key: _shape(array.shape, axes[name], {"batch": profile.batch[i], "length": lengths[i]})
+            for key, i in bounds.items()
         }
         for name, array in sample.items()
-    }
-    return {
-        "flavor": runtime.replace("-", "_"),
-        "profiles": [profile],
-        "timeout": section.timeout_minutes * 60,
     }
 
 

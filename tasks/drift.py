@@ -91,14 +91,16 @@ def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
     if rows < section.min_rows:
         raise InputError(f"{rows} rows are too few to tell a drift (drift.min_rows: {section.min_rows})")
     index = {name: psi(old[name], now[name]) for name in ("size", "class", "score")}
-    over = {name: share for name, share in now["overflow"].items() if share > section.max_overflow}
+    # Calibration rows reach the end, too: whatever was largest there, and every value equal to it.
+    excess = {name: share - old["overflow"].get(name, 0.0) for name, share in now["overflow"].items()}
+    over = {name: more for name, more in excess.items() if more > section.max_overflow}
     reasons = []
     if over:
         worst = max(over, key=lambda name: over[name])
         reasons.append(
-            f"{len(over)} of {len(now['overflow'])} quantizers are past their range: {worst} with "
-            f"{over[worst]:.1%} of its values (calibration: {old['overflow'].get(worst, 0.0):.1%}), "
-            f"allowed {section.max_overflow:.1%}"
+            f"{len(over)} of {len(excess)} quantizers are past their range: {worst} has "
+            f"{now['overflow'][worst]:.1%} of its values at the end, {over[worst]:.1%} more than in "
+            f"calibration, allowed {section.max_overflow:.1%}"
         )
     shifted = {name: value for name, value in index.items() if value > section.max_psi}
     for name, value in shifted.items():

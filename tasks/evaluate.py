@@ -20,6 +20,7 @@ from tasks.running import opened
 from tasks.stage import stage
 
 BATCH = 32
+PARITY_ROWS = 64
 TAKEN = ("label", "probability")
 
 
@@ -51,37 +52,47 @@ def evaluate(
 ) -> Metrics:
     """The metric over the test rows, each row's prediction and score, and parity with the ONNX it came from.
 
-    `model` is that ONNX (None for a champion, whose parity was judged when it was made); `content` is the
-    fingerprint of a metric of the user's own.
+    A row whose outputs are NaN or infinite has neither, and the metric is then left out: the gate refuses
+    such an engine. `model` is that ONNX (None for a champion, whose parity was judged when it was made);
+    `content` is the fingerprint of a metric of the user's own.
     """
     how = metrics.metric(metric)
     encoded, labels = batches.examples(dataset, "test", store.path(engine.preprocessor))
     with opened(engine) as session:
         logits = run(session, dataset.type, encoded)
-    if not np.isfinite(logits).all():
-        raise InputError(
-            f"the engine's outputs hold NaN or infinity ({engine.plan.runtime}, {engine.format})"
-        )
-    predictions = _predictions(logits, how.takes)
+    finite = np.isfinite(logits).all(axis=1)
+    predictions = _predictions(np.where(finite[:, None], logits, 0.0), how.takes)
     per_row = metrics.scores(how, predictions, labels)
-    value = float(np.mean(per_row)) if per_row is not None else float(how.value(predictions, labels))
+    values = {}
+    if finite.all():
+        values[metric] = float(np.mean(per_row) if per_row is not None else how.value(predictions, labels))
+    if model is not None and finite[:PARITY_ROWS].all():
+        values["parity"] = _parity(model, dataset, engine, logits, encoded)
     with store.staging() as folder:
-        logged = {"predictions": predictions.tolist(), "references": labels.tolist(), "scores": per_row}
+        logged = {
+            "predictions": _known(predictions.tolist(), finite),
+            "references": labels.tolist(),
+            "scores": None if per_row is None else _known(list(per_row), finite),
+        }
         (folder / "scores.json").write_text(json.dumps(logged))
         blob = store.commit(folder)
-    values = {metric: value}
-    if model is not None:
-        values["parity"] = _parity(model, dataset, engine, logits, encoded)
-    return Metrics(values, blob, {"rows": len(labels), "metric": metric})
+    facts = {"rows": len(labels), "metric": metric, "not_finite": int((~finite).sum())}
+    return Metrics(values, blob, facts)
+
+
+def _known(rows: list[Any], finite: np.ndarray) -> list[Any]:
+    """The rows, with None for every value of one whose outputs were NaN or infinite."""
+    gone = [None] * len(rows[0]) if isinstance(rows[0], list) else None
+    return [row if known else gone for row, known in zip(rows, finite, strict=True)]
 
 
 def run(session: Session, task: str, encoded: list[types.Example]) -> np.ndarray:
     """Logits of shape (rows, classes), in the rows' order; rows of like length run together."""
-    collate = types.load(task).collate
+    collate, size = types.load(task).collate, min(BATCH, getattr(session, "max_batch", BATCH))
     order = sorted(range(len(encoded)), key=lambda k: max(array.size for array in encoded[k].values()))
     logits: list[Any] = [None] * len(encoded)
-    for start in tqdm(range(0, len(order), BATCH), desc="evaluate", unit="batch"):
-        chosen = order[start : start + BATCH]
+    for start in tqdm(range(0, len(order), size), desc="evaluate", unit="batch"):
+        chosen = order[start : start + size]
         (output,) = session.run(collate([encoded[k] for k in chosen])).values()
         for k, row in zip(chosen, output, strict=True):
             logits[k] = row
@@ -91,10 +102,10 @@ def run(session: Session, task: str, encoded: list[types.Example]) -> np.ndarray
 def _parity(
     model: OnnxModel, dataset: Dataset, engine: Engine, logits: np.ndarray, encoded: list[types.Example]
 ) -> float:
-    """The least cosine over 64 rows between the engine and the unoptimized ONNX it was built from."""
+    """The least cosine over some rows between the engine and the unoptimized ONNX it was built from."""
     from tasks.engines import onnxruntime
 
-    count = min(64, len(encoded))
+    count = min(PARITY_ROWS, len(encoded))
     with onnxruntime.open(store.path(model.blob), None, level="disabled") as reference:
         expected = run(reference, dataset.type, encoded[:count])
     ours = logits[:count]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +22,7 @@ from tasks.measurements import (
     Measurements,
     Rounds,
     check,
+    examples,
     latency_summary,
     measurements_from_json,
     measurements_to_json,
@@ -63,6 +63,7 @@ def judge(measurements: Measurements, gate: Gate) -> Verdict:
         *sizes(measurements, gate),
     ]
     rules += [*latencies(measurements, gate, seed), *shares(measurements, gate)]
+    rules += finite(measurements.engines[CANDIDATE])
     rules = [rounded(rule) for rule in rules]
     return Verdict(all(rule.passed for rule in rules), tuple(rules))
 
@@ -72,6 +73,14 @@ def evidence(candidate: Measured) -> Rule:
     executed = candidate.proved == "executed"
     how = "ran on its target" if executed else f"did not run on its target (only {candidate.proved})"
     return Rule("evidence", executed, f"the candidate {how}", facts={"proved": candidate.proved})
+
+
+def finite(candidate: Measured) -> Iterator[Rule]:
+    """An engine that answers NaN or infinity never passes, whatever `on_missing` says."""
+    rows = [row if isinstance(row, (list, tuple)) else (row,) for row in examples(candidate)]
+    if bad := sum(None in row for row in rows):
+        sentence = f"{bad} of the candidate's {len(rows)} outputs are NaN or infinite"
+        yield Rule("finite", False, sentence, float(bad), 0.0)
 
 
 def sizes(measurements: Measurements, gate: Gate) -> Iterator[Rule]:
@@ -126,8 +135,7 @@ def latency(
     interval = f"{percent(gate.confidence)} interval {text[1]} to {text[2]}"
     sentence = f"{what} is {text[0]} times ({interval}), at most {text[3]}"
     if value <= limit < ends[1]:
-        error = statistics.error_of_ratio(ends, gate.confidence)
-        seen = math.exp(statistics.smallest_drop(error, gate.confidence))
+        seen = ends[1] / ends[0]  # the upper end of an equal engine's interval is below it, but for few
         sentence += f": these rounds can tell {seen:.3f} from noise, take more or longer ones"
     facts = bound(False, "ratio")
     facts |= {"candidate": latency_summary(pair[0], batch), "reference": latency_summary(pair[1], batch)}

@@ -99,7 +99,8 @@ def drop(
         f"({percent(gate.confidence)} interval {text[1]} to {text[2]}), allowed {text[3]}"
     )
     facts = {**bound(sign > 0, "points" if how.points else how.name), **found.facts}
-    facts |= {"candidate": found.candidate, "reference": found.reference, "detectable": found.detectable}
+    facts |= {"candidate": found.candidate, "reference": found.reference}
+    facts |= dict(zip(("detectable", "detectable_interval"), found.detectable, strict=True))
     return Rule(name, passed, sentence, change, -sign * allowed, (low, high), facts)
 
 
@@ -124,20 +125,29 @@ def ratio(found: Comparison, how: Metric, reference: str, gate: Gate) -> Rule:
 def sensitivity(
     name: str, rows: tuple[int, str], found: Comparison, how: Metric, allowed: float, gate: Gate
 ) -> Rule:
-    """Whether these examples can tell the allowed drop from noise."""
-    coarse = found.detectable > allowed
+    """Whether these examples can tell the allowed drop from noise.
+
+    What they can tell is an estimate with an interval, too. Where all of it is above what is allowed, chance
+    decides, and a pass does not count; where only the estimate is, it explains a refusal and leaves a pass
+    alone. A candidate that is shown to be no worse, or worse than allowed, has been seen well enough.
+    """
+    value, ends = found.detectable
+    worst, best = found.difference if how.higher_is_better else (-x for x in reversed(found.difference))
+    shown = worst >= 0 or best <= -allowed
+    coarse = value > allowed and not shown and (ends[0] > allowed or worst <= -allowed)
     unit, points = (100, " points") if how.points else (1, "")
-    text = texts([unit * found.detectable, unit * allowed])
-    what = f"a drop of {text[0]}{points} of {how.name}"
-    sentence = f"{rows[0]} {rows[1]} can tell {what} from noise, allowed {text[1]}"
-    if coarse:
-        sentence += ": too coarse, take more examples or allow more" + (
-            " (warning)" if gate.on_coarse == "warn" else ""
-        )
-    passed = not coarse or gate.on_coarse == "warn"
-    return Rule(
-        name, passed, sentence, found.detectable, allowed, facts={"examples": rows[0], "coarse": coarse}
+    text = texts([unit * x for x in (value, *ends, allowed)])
+    sentence = (
+        f"{rows[0]} {rows[1]} can tell a drop of {text[0]}{points} of {how.name} from noise "
+        f"({text[1]} to {text[2]}), allowed {text[3]}"
     )
+    if coarse:
+        warning = " (warning)" if gate.on_coarse == "warn" else ""
+        sentence += f": too coarse, take more examples or allow more{warning}"
+    elif value > allowed:
+        sentence += f": coarse, but {'this difference is beyond doubt' if shown else 'it passed'}"
+    passed = not coarse or gate.on_coarse == "warn"
+    return Rule(name, passed, sentence, value, allowed, ends, {"examples": rows[0], "coarse": coarse})
 
 
 def floors(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Rule]:

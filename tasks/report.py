@@ -76,13 +76,17 @@ def plot(verdict: Verdict, path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     panels, rest = _panels(verdict), [rule for rule in verdict.rules if not rule.passed and not _drawn(rule)]
-    rows = [len(rules) + 1.4 for rules in panels.values()] + [0.6 + 0.6 * len(rest)]
+    notes = _notes(rest, any("detectable" in rule.facts for rule in verdict.rules))
+    rows = [len(rules) + 1.4 for rules in panels.values()] + [0.4 + 0.48 * len(notes)]
     figure = Figure(figsize=(10.5, 0.8 + 0.42 * sum(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
     for axis, (unit, rules) in zip(axes, panels.items(), strict=False):
         _panel(axis, unit, rules)
-    _notes(axes[-1], rest, any("detectable" in rule.facts for rule in verdict.rules))
+    axes[-1].set(xlim=(0, 1), ylim=(-len(notes), 0.2))
+    axes[-1].set_axis_off()
+    for row, (text, color) in enumerate(notes):
+        axes[-1].text(0, -row - 0.5, text, fontsize=9, color=color, va="center")
     word, color = ("passed", GOOD) if verdict.passed else ("refused", BAD)
     met = sum(rule.passed for rule in verdict.rules)
     text = f"{title}: {word} ({met} of {len(verdict.rules)} rules met)"
@@ -132,12 +136,9 @@ def _row(axis: Any, row: int, rule: Rule, scale: float, low: float, high: float)
         ends = [scale * x for x in rule.interval]
         axis.plot(ends, [row, row], color=color, linewidth=6, alpha=0.35, zorder=3, solid_capstyle="butt")
     if "detectable" in rule.facts:
-        axis.plot(
-            scale * _detectable(rule),
-            row,
-            "D",
-            **SEEN,
-        )
+        seen, *reach = (scale * x for x in _detectable(rule))
+        axis.plot(reach, [row, row], color=INK, linewidth=1.2, zorder=3)
+        axis.plot(seen, row, "D", **SEEN)
     axis.plot(value, row, "o", color=color, markersize=7, zorder=4)
     text = f"{'✓' if rule.passed else '✗'}  {_figure(value, scale)}"
     if rule.interval:
@@ -145,9 +146,11 @@ def _row(axis: Any, row: int, rule: Rule, scale: float, low: float, high: float)
     axis.text(1.01, row, text, transform=axis.get_yaxis_transform(), va="center", fontsize=9, color=color)
 
 
-def _detectable(rule: Rule) -> float:
-    """As a change of the metric: a drop is below zero where higher is better."""
-    return float(rule.facts["detectable"]) * (-1 if rule.facts["bound"] == "at least" else 1)
+def _detectable(rule: Rule) -> list[float]:
+    """It and its interval, as changes of the metric: a drop is below zero where higher is better."""
+    sign = -1 if rule.facts["bound"] == "at least" else 1
+    value = rule.facts["detectable"]
+    return [sign * float(x) for x in (value, *rule.facts.get("detectable_interval", (value, value)))]
 
 
 def _figure(value: float, scale: float) -> str:
@@ -155,27 +158,25 @@ def _figure(value: float, scale: float) -> str:
     return format(value, form).replace("-", "−")
 
 
-def _notes(axis: Any, rules: list[Rule], sensitivity: bool) -> None:
-    """What failed and cannot be drawn, and the key."""
-    axis.set(xlim=(0, 1), ylim=(-len(rules), 1))
-    axis.set_axis_off()
-    key = "● measured, with its interval; red is not allowed, and no end of an interval may reach into it"
-    key += "\n◇ the smallest drop that these examples can tell from noise" if sensitivity else ""
-    axis.text(0, 0.5, key, fontsize=8.5, color="#57606a", va="center")
-    for row, rule in enumerate(rules):
-        axis.text(
-            0, -row - 0.6, f"✗  {textwrap.shorten(rule.sentence, 125)}", fontsize=9, color=BAD, va="center"
-        )
+def _notes(rules: list[Rule], sensitivity: bool) -> list[tuple[str, str]]:
+    """The key, and what failed and cannot be drawn: lines and their colours."""
+    key = ["● measured, with its interval; red is not allowed, and no end of an interval may reach into it"]
+    if sensitivity:
+        key.append("◇ the smallest drop that the examples can tell from noise, with its interval")
+    failed = [line for rule in rules for line in textwrap.wrap("✗  " + rule.sentence, 125)]
+    return [(line, "#57606a") for line in key] + [(line, BAD) for line in failed]
 
 
 def _limits(rules: list[Rule], unit: str, scale: float) -> tuple[float, float]:
     """Room for every value, interval and limit, and some of the forbidden side."""
     seen = [x for rule in rules for x in (rule.value, rule.limit, *(rule.interval or ())) if x is not None]
-    seen += [_detectable(rule) for rule in rules if "detectable" in rule.facts]
+    seen += [x for rule in rules if "detectable" in rule.facts for x in _detectable(rule)]
     marks = [scale * x for x in seen] + ([] if unit == "value" else [1.0 if unit in PANELS else 0.0])
     room = 0.12 * ((max(marks) - min(marks)) or 1.0)
     return min(marks) - room, max(marks) + room
 
 
 def _label(name: str) -> str:
+    if name == "forgetting":
+        return "previous rows vs. champion"
     return name.replace("_", " ").replace(" vs ", " vs. ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isclose
 from typing import Any
 
 from recipes.gate import Gate
@@ -36,6 +37,6 @@ def texts(values: list[float], digits: int = 1) -> list[str]:
     for more in range(digits, digits + 4):
         found = [f"{x:.{more}f}" for x in values]
         limit, others = values[-1], [abs(x) for x in values[:-1]]
-        if all(x == limit or f"{x:.{more}f}" != f"{limit:.{more}f}" for x in others):
+        if all(isclose(x, limit) or f"{x:.{more}f}" != f"{limit:.{more}f}" for x in others):
             break
     return found

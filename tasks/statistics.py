@@ -74,17 +74,38 @@ def bootstrap_counts(wins: int, losses: int, n: int, confidence: float, seed: in
 
 
 def bootstrap_mean(values: Array, confidence: float, seed: int, span: float) -> Ends:
-    """Studentized bootstrap of a mean; `span`: how far two values can lie apart, if all are the same."""
+    """Studentized bootstrap of a mean; `span`: how far two values can lie apart.
+
+    Its percentiles are expanded as for so many values as carry the spread: a few that stand out say little
+    of those that have not been seen. And where few values differ from the rest, resamples have none of them:
+    then the ends are where all that may differ, by Wilson's interval, do so by `span`.
+    """
+    n, rest = len(values), float(np.median(values))
+    if _standard_error(values) == 0:
+        return nothing_differs(float(values.mean()), n, span, confidence)
+    low, high = studentized(values, _expanded(confidence, effective(values)), seed)
+    most = span * wilson(int((values != rest).sum()), n, confidence)[1]
+    return max(low, rest - most), min(high, rest + most)
+
+
+def studentized(values: Array, confidence: float, seed: int) -> Ends:
+    """Studentized bootstrap of a mean, as it is: too narrow where the tail is long and the values few."""
     n, mean, error = len(values), float(values.mean()), _standard_error(values)
-    if error == 0:
-        return nothing_differs(mean, n, span, confidence)
-    generator, scores = np.random.default_rng(seed), []
+    generator, centred, scores = np.random.default_rng(seed), values - mean, []
     for draws in _chunks(n):
-        sample = values[generator.integers(0, n, size=(draws, n))]
-        errors = sample.std(axis=1, ddof=1) / np.sqrt(n)
-        scores.append((sample.mean(axis=1) - mean) / np.maximum(errors, 1e-300))
+        sample = centred[generator.integers(0, n, size=(draws, n), dtype=np.int32)]
+        means = sample.mean(axis=1)
+        squares = np.einsum("ij,ij->i", sample, sample) / n - means**2
+        scores.append(means / np.sqrt(np.maximum(squares / (n - 1), 1e-300)))
     low, high = _percentiles(np.concatenate(scores), confidence)
-    return max(mean - high * error, mean - span), min(mean - low * error, mean + span)
+    return mean - high * error, mean - low * error
+
+
+def effective(values: Array) -> float:
+    """How many values carry the spread: half of all if they are normal, D if D of many differ alike."""
+    squares = np.square(values - values.mean())
+    spread = float(squares.var() / squares.mean() ** 2)  # kurtosis - 1
+    return max(2.0, len(values) / max(1.0, spread))
 
 
 def bootstrap_statistic(
@@ -118,21 +139,38 @@ def statistic_interval(
     return statistic(np.arange(n)), ends
 
 
-def smallest_drop_counts(wins: int, losses: int, n: int, confidence: float) -> float:
-    """The least `max_drop` that an engine as good, disagreeing this often, meets at rate `confidence`."""
-    disagree = wins + losses
-    unlucky = int(stats.binom.ppf(confidence, disagree, 0.5))
-    return float(-tango(disagree - unlucky, unlucky, n, confidence)[0][0])
+def smallest_drop_counts(disagree: int, n: int, confidence: float) -> tuple[float, Ends]:
+    """The least `max_drop` that an engine as good, disagreeing this often, meets at rate `confidence`.
+
+    With it its own interval, which follows from that of the share of disagreements (Clopper and Pearson).
+    """
+    tail = (1 - beyond_doubt(confidence)) / 2
+    least = stats.beta.ppf(tail, disagree, n - disagree + 1) if disagree else 0.0
+    most = stats.beta.ppf(1 - tail, disagree + 1, n - disagree) if disagree < n else 1.0
+    counts = np.array([disagree, n * least, n * most])
+    excess = np.minimum(stats.norm.ppf(confidence) * np.sqrt(counts), counts)
+    unlucky = float(stats.binom.ppf(confidence, disagree, 0.5))
+    wins, losses = (counts - excess) / 2, (counts + excess) / 2
+    reach = -tango(np.append(wins, disagree - unlucky), np.append(losses, unlucky), n, confidence)[0]
+    value = float(max(reach[0], reach[3]))
+    return value, (min(float(reach[1]), value), max(float(reach[2]), value))
 
 
-def smallest_drop(error: float, confidence: float) -> float:
-    """The same for a difference with this standard error."""
-    return (normal_quantile(confidence) + float(stats.norm.ppf(confidence))) * error
+def smallest_drop(
+    estimate: float, ends: Ends, error: float, freedom: float, confidence: float
+) -> tuple[float, Ends]:
+    """The same for a difference with this interval and standard error, which has degrees of freedom."""
+    reach = max(estimate - ends[0], ends[1] - estimate)
+    if error == 0:
+        return reach, (reach, reach)
+    value, upper = reach + float(stats.norm.ppf(confidence)) * error, 0.5 + beyond_doubt(confidence) / 2
+    low, high = (math.sqrt(freedom / stats.chi2.ppf(share, freedom)) for share in (upper, 1 - upper))
+    return value, (value * low, value * high)
 
 
-def error_of_ratio(ends: Ends, confidence: float) -> float:
-    """The standard error of the logarithm that such an interval implies."""
-    return math.log(ends[1] / ends[0]) / 2 / normal_quantile(confidence)
+def beyond_doubt(confidence: float) -> float:
+    """0.999 at 0.95: what overrules a pass at this confidence adds next to nothing to the rate of errors."""
+    return 1 - (1 - confidence) / 50
 
 
 def bootstrap_rounds(candidate: Array, reference: Array, confidence: float, seed: int) -> tuple[float, Ends]:
@@ -152,7 +190,7 @@ def _standard_error(values: Array) -> float:
     return error if error > 1e-12 * max(1.0, abs(float(values.mean()))) else 0.0
 
 
-def _expanded(confidence: float, n: int) -> float:
+def _expanded(confidence: float, n: float) -> float:
     wide = stats.t.ppf(0.5 + confidence / 2, n - 1) * np.sqrt(n / (n - 1))
     return float(2 * stats.norm.cdf(wide) - 1)
 
@@ -171,14 +209,15 @@ def _chunks(n: int) -> list[int]:
 class Comparison:
     """Candidate against reference on the same examples; every value in the metric's own direction.
 
-    `detectable`: the least `max_drop` that an equally good engine meets with probability `confidence`.
+    `detectable`: the least `max_drop` that these examples can tell from noise (`smallest_drop_counts`), and
+    between which values it is beyond doubt.
     """
 
     candidate: float
     reference: float
     difference: Ends
     ratio: Ends
-    detectable: float
+    detectable: tuple[float, Ends]
     facts: dict[str, Any]
 
 
@@ -189,13 +228,11 @@ def compare_scores(candidate: Array, reference: Array, confidence: float, seed: 
         return _compare_answers(candidate, reference, confidence, seed)
     gap, base = candidate - reference, float(reference.mean())
     span = float(np.ptp(both)) or float(np.abs(both).max()) or 1.0
-    ends = bootstrap_mean(gap, confidence, seed, span)
-    error = _standard_error(gap)
-    detectable = smallest_drop(error, confidence) if error else float(gap.mean()) - ends[0]
-    ratio = _ratio_of_means(candidate, reference, confidence, seed) if error else _scaled(ends, base)
-    return Comparison(
-        float(candidate.mean()), base, ends, ratio, detectable, {"method": "studentized bootstrap"}
-    )
+    ends, error = bootstrap_mean(gap, confidence, seed, span), _standard_error(gap)
+    freedom = 2 * effective(gap) if error else 0.0
+    detectable = smallest_drop(float(gap.mean()), ends, error, freedom, confidence)
+    facts = {"method": "studentized bootstrap"}
+    return Comparison(float(candidate.mean()), base, ends, _scaled(ends, base), detectable, facts)
 
 
 def _compare_answers(candidate: Array, reference: Array, confidence: float, seed: int) -> Comparison:
@@ -210,7 +247,7 @@ def _compare_answers(candidate: Array, reference: Array, confidence: float, seed
         "mcnemar_p": mcnemar(wins, losses),
         "bootstrap_interval": bootstrap_counts(wins, losses, n, confidence, seed),
     }
-    detectable = smallest_drop_counts(wins, losses, n, confidence)
+    detectable = smallest_drop_counts(wins + losses, n, confidence)
     return Comparison(float(candidate.mean()), base, ends, _scaled(ends, base), detectable, facts)
 
 
@@ -232,17 +269,9 @@ def compare_statistic(
     ends, error = bootstrap_statistic(lambda rows: candidate(rows) - reference(rows), n, wide, seed)
     if error == 0:
         ends = nothing_differs(now - base, n, max(1.0, abs(base)), confidence)
-    detectable = smallest_drop(error, confidence) if error else now - base - ends[0]
+    detectable = smallest_drop(now - base, ends, error, 2 * max(1, differing), confidence)
     ratio = _scaled(ends, base) if base else (math.nan, math.nan)
     return Comparison(now, base, ends, ratio, detectable, {"method": "percentile bootstrap"})
-
-
-def _ratio_of_means(candidate: Array, reference: Array, confidence: float, seed: int) -> Ends:
-    generator, n = np.random.default_rng(seed), len(candidate)
-    rows = [generator.integers(0, n, size=(draws, n)) for draws in _chunks(n)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.concatenate([candidate[r].mean(axis=1) / reference[r].mean(axis=1) for r in rows])
-    return _percentiles(ratios, confidence)
 
 
 def _scaled(difference: Ends, base: float) -> Ends:

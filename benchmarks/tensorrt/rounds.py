@@ -32,7 +32,10 @@ def rounds(clip: Path, report: Report) -> None:
     _compare(
         report, "perceptron", {"fp16": plans["fp16"], "again": plans["fp16"], "int8": plans["int8"]}, feed
     )
-    left = {"plain": report.path.parent / "refit/c/plan", "refittable": report.path.parent / "refit/a/plan"}
+    left = {
+        "plain": report.path.parent / "rebuild8/c/plan",
+        "refittable": report.path.parent / "refit/a/plan",
+    }
     if all((plan / "plan.json").exists() for plan in left.values()):
         pixels = {"pixels": arrays(clip / "inputs.npz")["pixels"][:8]}
         _compare(report, "clip", {**left, "again": left["plain"]}, pixels)

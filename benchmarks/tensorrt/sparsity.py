@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from tasks.engines import tensorrt_choose as choose
 from tasks.engines.tensorrt_options import Options
 from tasks.engines.tensorrt_run import TensorRTSession, load
 
+LEVEL = int(os.environ.get("LEVEL", "5"))  # of the builder; 5 takes minutes for one plan 4096 wide
 ORDER = ((8192, 4096), (128, 4096), (8192, 1024), (128, 1024), (8192, 8192), (128, 8192))  # rows, width
 
 
@@ -32,7 +34,7 @@ def sparsity(clip: Path, report: Report) -> None:
         for kind in ("fp16", "int8"):
             title = f"{kind} {width} wide {rows} rows"
             if only is None or title in only:
-                report.add(title, _sparse(width, rows, kind))
+                report.add(title, _sparse(width, rows, kind, report, title))
 
 
 def sparseclip(clip: Path, report: Report) -> None:
@@ -48,7 +50,8 @@ def sparseclip(clip: Path, report: Report) -> None:
             onnx.save(model, folder / "model.onnx")
             shapes = [{"pixels": dict.fromkeys(("min", "opt", "max"), feed["pixels"].shape)}]
             row[variant], sessions[variant] = _opened(folder, "fp16", Options(level=2, sparse=flag), shapes)
-            row[variant] |= {"pruned": count}
+            milliseconds = statistics.median(sessions[variant].latencies(feed, 50))
+            row[variant] |= {"pruned": count, "ms": milliseconds}
             report.add(variant, row[variant])
         _timed(row, sessions, feed)
     for variant, found in row.items():
@@ -58,7 +61,7 @@ def sparseclip(clip: Path, report: Report) -> None:
 VARIANTS = {"dense": (False, False), "2:4": (True, False), "2:4, SPARSE_WEIGHTS": (True, True)}
 
 
-def _sparse(width: int, rows: int, kind: str) -> dict[str, Any]:
+def _sparse(width: int, rows: int, kind: str, report: Report, title: str) -> dict[str, Any]:
     variants = {
         "dense": ("dense", False),
         "2:4": ("2:4", False),
@@ -73,10 +76,12 @@ def _sparse(width: int, rows: int, kind: str) -> dict[str, Any]:
             model = mlp.mlp(width, rows, kind=kind, zeros=zeros)
             folder.mkdir()
             onnx.save(model, folder / "model.onnx")
-            row[variant], sessions[variant] = _opened(folder, kind, Options(level=5, sparse=flag), [{}])
+            row[variant], sessions[variant] = _opened(folder, kind, Options(level=LEVEL, sparse=flag), [{}])
             outputs = sessions[variant].run(feed)["y"][:32]
             right = _right(model, feed["x"][:32])
             row[variant]["error"] = tensorrt_parity.error({"y": outputs}, {"y": right})
+            row[variant]["ms"] = statistics.median(sessions[variant].latencies(feed, 50))
+            report.add(f"{title}, not interleaved", row)
         _timed(row, sessions, feed)
     return row
 
@@ -127,7 +132,7 @@ def _build_here(folder: Path, kind: str, options: Options, profiles: list[Any]) 
         profiles,
         kinds,
         False,
-        str(folder.parent / "cache"),
+        None,
     )
     made = tensorrt_build.build_here(job)
     gpu = api.gpu()

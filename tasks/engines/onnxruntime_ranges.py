@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,10 @@ ENDS = {
     TensorProto.UINT8: (1.0, 255.0),
     TensorProto.FLOAT8E4M3FN: (-448.0, 448.0),
 }
+
+
+ZERO_POINTS = {"QuantizeLinear": 2, "QLinearConv": 7, "QLinearMatMul": 7, "QLinearAdd": 7, "QGemm": 8}
+"""Where the zero point of what it makes stands among a node's inputs."""
 
 
 @contextmanager
@@ -50,15 +53,24 @@ def count(model: onnx.ModelProto, zero_points: dict[str, int]) -> None:
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
-        if node.op_type != "QuantizeLinear" or node.input[0] in stored or len(node.input) < 3:
+        zero = _zero_point(node, stored)
+        if zero is None or stored[zero].data_type not in ENDS:
             continue
-        kind = stored[node.input[2]].data_type if node.input[2] in stored else None
-        if kind not in ENDS:
-            continue
-        low, high = ENDS[kind]
+        low, high = ENDS[stored[zero].data_type]
         # Unsigned from zero: what is zero is at home there, not cut off.
-        one_sided = kind == TensorProto.UINT8 and zero_points.get(node.input[2]) == 0
-        _count(graph, node.output[0], None if one_sided else low, high)
+        one_sided = stored[zero].data_type == TensorProto.UINT8 and zero_points.get(zero) == 0
+        taken = {output.name for output in graph.output}
+        name = PREFIX + _short(node.input[0] if node.op_type == "QuantizeLinear" else node.output[0])
+        unique = next(n for n in (name, *(f"{name} {k}" for k in range(2, 10**6))) if n not in taken)
+        _count(graph, node.output[0], unique, None if one_sided else low, high)
+
+
+def _zero_point(node: onnx.NodeProto, stored: dict[str, TensorProto]) -> str | None:
+    """The zero point of an activation that the node quantizes; None where it does not."""
+    place = ZERO_POINTS.get(node.op_type)
+    if place is None or len(node.input) <= place or node.input[0] in stored:
+        return None
+    return node.input[place] if node.input[place] in stored else None
 
 
 def shares(outputs: dict[str, np.ndarray]) -> dict[str, float]:
@@ -68,8 +80,7 @@ def shares(outputs: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def _count(graph: onnx.GraphProto, tensor: str, low: float | None, high: float) -> None:
-    name = PREFIX + _short(tensor)
+def _count(graph: onnx.GraphProto, tensor: str, name: str, low: float | None, high: float) -> None:
     number, result = f"{name}/number", name
     graph.node.append(helper.make_node("Cast", [tensor], [number], to=TensorProto.FLOAT))
     _compare(graph, "GreaterOrEqual", number, high, f"{name}/high")
@@ -89,14 +100,16 @@ def _compare(graph: onnx.GraphProto, operator: str, number: str, bound: float, r
 
 
 def _short(tensor: str) -> str:
-    """A quantizer's place in the network, from the name that the exporter gave its output."""
-    name = re.sub(r"/(input_quantizer|QuantizeLinear(_\d+)?)(_output_\d+)?", "", tensor)
-    return name.removeprefix("/model/").removeprefix("/").removesuffix("_output_0").replace("/", ".")
+    """A place in the network from an exported tensor's name: `/model/net/0/Relu_output_0` is `net.0`."""
+    whole = tensor.split("/")
+    path = whole[:-1] if tensor.startswith("/") and len(whole) > 2 else whole
+    return ".".join(part for part in path if part not in ("", "model", "input_quantizer")) or tensor
 
 
 def _values(model: onnx.ModelProto, weights: Path | None) -> dict[str, int]:
     """Scalar zero points by name, wherever they are kept."""
-    wanted = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    wanted = {_zero_point(node, stored) for node in model.graph.node}
     found = {
         tensor.name: int(onnx.numpy_helper.to_array(tensor).ravel()[0])
         for tensor in model.graph.initializer

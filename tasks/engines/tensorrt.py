@@ -39,6 +39,11 @@ def device() -> str:
     return str(api.gpu() or "none")
 
 
+def is_sparse(model: Path) -> bool:
+    """Whether the model holds weights that are 2:4: only for these is SPARSE_WEIGHTS worth asking."""
+    return bool(weights_of.two_four(onnx.load(model_file(model))))
+
+
 def device_bytes(runtime: str) -> int:
     """Bytes in use on the GPU, whoever uses them; the library is loaded and the context made before."""
     api.use(api.flavor(runtime))
@@ -103,7 +108,7 @@ def _job(
         half = options.half or onnx.TensorProto.FLOAT16 in data_types(graph)
         weak = tuple(kind for kind, wanted in (("fp16", half), ("int8", is_quantized(graph))) if wanted)
     cache = None
-    if options.timing_cache:
+    if options.timing_cache and api.can_execute(flavor):
         name = f"{flavor}-{found}-{device()}.cache".replace(" ", "_")
         cache = str(Path(options.timing_cache) / name)
         Path(options.timing_cache).mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,8 @@ ROUNDS = 50
 
 def command(job: tensorrt_build.Job) -> str:
     """The `trtexec` command that builds the same."""
-    return trtexec(job.flavor, job.options, job.profiles, weak_types=job.weak_types, refit=job.refit)
+    options = replace(job.options, timing_cache=job.cache)
+    return trtexec(job.flavor, options, job.profiles, weak_types=job.weak_types, refit=job.refit)
 
 
 def seal(manifest: Facts, job: tensorrt_build.Job, refit: Facts) -> Facts:
@@ -106,7 +107,7 @@ def _try_refittable(
     refit["identical"] = weights_of.all_digest(model) if options.identical else None
     refit["two_four"] = weights_of.two_four(model) if options.sparse else []
     seal(manifest, job, refit)
-    tried: Facts = {"build_seconds": made["seconds"], "plain": plain}
+    tried: Facts = {"build_seconds": made["seconds"], "plain": dict(plain)}
     try:
         tried |= trial(plan, job, samples, expected)
         refit["fixed"] = tried.pop("fixed")

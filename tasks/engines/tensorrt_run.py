@@ -122,9 +122,14 @@ def _logger(trt: Any) -> Any:
 
 
 def load(plan: Path, *, lean: bool = False) -> tuple[Recorded, dict[str, Any]]:
-    """Check and deserialize a plan; `lean`: with the small runtime that opens version compatible plans."""
+    """Check and deserialize a plan; `lean`: with the small runtime that opens version compatible plans.
+
+    That one is taken without asking, too, where it is installed and the whole TensorRT is not.
+    """
     manifest = manifest_of(plan)
     flavor: api.Flavor = manifest["runtime"]
+    if manifest["version_compatible"] and api.version_of(flavor) is None:
+        lean = lean or api.version_of(f"{flavor}_lean") is not None
     if lean and not manifest["version_compatible"]:
         raise InputError(
             f"{plan}: the lean runtime opens version compatible plans only; build with that option"
@@ -172,6 +177,9 @@ class TensorRTSession:
             )
             for name in ins
         }
+        profiles = range(engine.num_optimization_profiles)
+        largest = [tuple(engine.get_tensor_profile_shape(ins[0], i)[2]) for i in profiles]
+        self.max_batch = max(shape[0] for shape in largest)
         self._stream = cuda.Stream()
         self._buffers: dict[str, Any] = {}
         self._profile = 0

@@ -51,6 +51,57 @@ def test_a_mistake_is_named_with_its_place_and_the_way_out(override: str, words:
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("{refit: perhaps}", ["build.tensorrt.refit: 'perhaps' is not one of auto, always, never"]),
+        ("{levle: 3}", ["build.tensorrt.levle: unknown key (did you mean level?)", "workspace_mb"]),
+        ("{level: 6}", ["build.tensorrt.level", "less than or equal to 5"]),
+        ("{builds: 0}", ["build.tensorrt.builds"]),
+        ("{profiles: [{batch: [8, 1, 64]}]}", ["build.tensorrt.profiles.0", "[min, opt, max] in this order"]),
+        ("{profiles: [{batch: [1, 8]}]}", ["build.tensorrt.profiles.0.batch"]),
+        ("{profiles: [{batch: [1, 8, 32]}]}", ["build.max_batch is 64", "is 32: make them equal"]),
+        (
+            "{profiles: [{batch: [1, 8, 64], length: [1, 2, 4]}]}",
+            ["images have a batch and no length", "leave length out"],
+        ),
+        (
+            "{profiles: [{batch: [1, 4, 8]}, {batch: [10, 64, 64]}]}",
+            ["none holds batch 9", "every batch from 1 to build.max_batch (64)"],
+        ),
+        ("{version_compatible: true, refit: always}", ["exclude each other", "give up one"]),
+        ("{refit: never, individual: [w]}", ["leave it out"]),
+        ("{refit: always, max_tax: 0.1}", ["max_tax is for refit: auto"]),
+    ],
+)
+def test_a_mistake_about_tensorrt_is_named_before_anything_is_built(section: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(QUICK, ["build.also=[tensorrt-rtx]", f"build.tensorrt={section}"])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_tensorrt_section_without_tensorrt_is_a_mistake() -> None:
+    with pytest.raises(RecipeError, match=r"nothing is built for TensorRT.*build\.also"):
+        recipes.load(QUICK, ["build.also=[]", "build.tensorrt={level: 3}"])
+
+
+def test_profiles_must_hold_every_text(tiny_recipe: Path) -> None:
+    narrow = "build.tensorrt={profiles: [{batch: [1, 8, 64], length: [1, 8, 8]}, {batch: [1, 1, 1]}]}"
+    with pytest.raises(RecipeError, match=r"none holds batch 2 at length 9;.*data.max_length \(16\)"):
+        recipes.load(str(tiny_recipe), ["build.also=[tensorrt-rtx]", narrow])
+    whole = narrow.replace("{batch: [1, 1, 1]}", "{batch: [1, 4, 64], length: [9, 16, 16]}")
+    found = recipes.load(str(tiny_recipe), ["build.also=[tensorrt-rtx]", whole]).build.tensorrt
+    assert found is not None
+    assert found.profiles[1].length == (9, 16, 16)
+    assert (found.refit, found.sparse, found.timing_cache) == ("auto", None, True)
+
+
+def test_a_section_survives_being_written_down_and_read_again() -> None:
+    said = recipes.load(QUICK, ["build.also=[tensorrt-rtx]", "build.tensorrt={refit: never, level: 2}"])
+    assert type(said).model_validate(said.model_dump(mode="json")) == said
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         recipes.load(QUICK, ["quantize.format=int7", "finetune.epochs=-1"])

@@ -14,7 +14,12 @@ from tasks.measurements import Measured, Measurements
 from tasks.report import BAD, GOOD, plot, report
 
 SECTION = Gate(
-    max_drop=0.02, floors={"label": {"a": 0.5}}, max_size_ratio=0.6, max_latency_ratio=0.9, min_parity=0.9
+    max_drop=0.02,
+    max_forgetting=0.02,
+    floors={"label": {"a": 0.5}},
+    max_size_ratio=0.6,
+    max_latency_ratio=0.9,
+    min_parity=0.9,
 )
 
 
@@ -27,8 +32,10 @@ def measurements(losses: int) -> Measurements:
             "executed", wrong.astype(float), bytes=50, parity=0.99, latency={4: rounds / 2}
         ),
         "baseline": Measured("executed", right.astype(float), bytes=100, latency={4: rounds}),
+        "champion": Measured("executed", right.astype(float), bytes=50, latency={4: rounds / 2}),
     }
-    return Measurements("accuracy", engines, {"label": ["a", "b"] * 500})
+    previous = Measurements("accuracy", {name: engines[name] for name in ("candidate", "champion")})
+    return Measurements("accuracy", engines, {"label": ["a", "b"] * 500}, previous=previous)
 
 
 def colours(path: Path) -> set[str]:
@@ -45,6 +52,7 @@ def test_the_report_says_every_rule_and_shows_the_verdict(tmp_path: Path, losses
     assert text.startswith(f"# demo: {word}\n")
     assert all(rule.sentence in text for rule in verdict.rules)
     assert "| candidate | 4 | 5.250 ms |" in text
+    assert "| `forgetting` | " in text
     assert (GOOD in colours(picture), verdict.passed) == (True, word == "passed")
 
 

@@ -61,19 +61,45 @@ def test_a_percentile_bootstrap_would_let_too_many_pass() -> None:
 
 
 def test_the_smallest_drop_is_one_that_an_equal_engine_meets() -> None:
-    for disagree, n in ((0, 500), (7, 500), (30, 1000), (200, 2000)):
-        least = statistics.smallest_drop_counts(disagree, 0, n, 0.95)
+    for disagree, n in ((0, 500), (4, 300), (7, 500), (30, 1000), (200, 2000)):
+        least, (low, high) = statistics.smallest_drop_counts(disagree, n, 0.95)
         losses = np.arange(disagree + 1)
-        low, _ = statistics.tango(disagree - losses, losses, n, 0.95)
+        lower, _ = statistics.tango(disagree - losses, losses, n, 0.95)
         shares = stats.binom.pmf(losses, disagree, 0.5)
-        assert shares[low > -least - 1e-9].sum() >= 0.95
-        assert shares[low > -0.97 * least].sum() < 0.95 or disagree == 0
+        assert shares[lower > -least - 1e-9].sum() >= 0.95
+        assert shares[lower > -0.9 * least].sum() < 0.95 or disagree == 0
+        assert low <= least <= high
+
+
+@pytest.mark.parametrize("discordance", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("n", [250, 1000])
+def test_equal_engines_are_refused_as_seldom_as_declared(n: int, discordance: float) -> None:
+    """Exact, over every possible count: by the interval, for either reason, without a word of coarseness."""
+    rates = np.zeros((3, 3))
+    limits = np.array([0.01, 0.02, 0.03])
+    for disagree in range(int(n * discordance + 6 * np.sqrt(n * discordance)) + 6):
+        losses = np.arange(disagree + 1)
+        share = stats.binom.pmf(disagree, n, discordance) * stats.binom.pmf(losses, disagree, 0.5)
+        low = statistics.tango(disagree - losses, losses, n, 0.95)[0]
+        value, ends = statistics.smallest_drop_counts(disagree, n, 0.95)
+        fails = low <= -limits[:, None]
+        coarse = (ends[0] > limits)[:, None] & (low < 0)
+        rates += [x @ share for x in (fails, fails | coarse, fails & (value <= limits)[:, None])]
+    for refused, either, unexplained in rates.T:
+        assert unexplained <= 0.05
+        assert either <= refused + 0.0005 or refused > 0.05
 
 
 def test_it_agrees_with_the_formula_for_many_examples() -> None:
-    expected = (1.96 + 1.645) * np.sqrt(0.03 / 10_000)
-    assert statistics.smallest_drop_counts(150, 150, 10_000, 0.95) == pytest.approx(expected, rel=0.03)
-    assert statistics.smallest_drop(np.sqrt(0.03 / 10_000), 0.95) == pytest.approx(expected, rel=1e-3)
+    error = float(np.sqrt(0.03 / 10_000))
+    expected = (1.96 + 1.645) * error
+    value, (low, high) = statistics.smallest_drop_counts(300, 10_000, 0.95)
+    assert value == pytest.approx(expected, rel=0.03)
+    assert (low / value, high / value) == pytest.approx((1 - 0.095, 1 + 0.095), abs=0.01)
+    ends = (-1.96 * error, 1.96 * error)
+    value, (low, high) = statistics.smallest_drop(0.0, ends, error, 10_000, 0.95)
+    assert value == pytest.approx(expected, rel=1e-3)
+    assert (low / value, high / value) == pytest.approx((1 - 0.023, 1 + 0.023), abs=1e-3)
 
 
 def test_mcnemar_is_exact() -> None:
@@ -98,6 +124,30 @@ def test_studentized_bootstrap_covers_a_skewed_mean_where_a_percentile_one_does_
     assert above / 200 <= 0.07
 
 
+def test_few_values_with_a_long_tail_are_not_overconfident() -> None:
+    generator, true = np.random.default_rng(1), -np.exp(1.125)
+    passed = plain = 0
+    for seed in range(300):
+        losses = -generator.lognormal(0.0, 1.5, 100)
+        passed += statistics.bootstrap_mean(losses, 0.95, seed, span=1e9)[0] > true
+        plain += statistics.studentized(losses, 0.95, seed)[0] > true
+    assert passed / 300 <= 0.05 < plain / 300
+
+
+def test_few_values_that_differ_leave_a_finite_interval() -> None:
+    values = np.zeros(300)
+    values[:3] = -0.5
+    low, high = statistics.bootstrap_mean(values, 0.95, 0, span=1.0)
+    assert -0.03 < low < -0.005 < high < 0.03
+
+
+def test_effective_counts_the_values_that_carry_the_spread() -> None:
+    values = np.zeros(1000)
+    values[:7] = 1.0
+    assert statistics.effective(values) == pytest.approx(7, rel=0.05)
+    assert statistics.effective(np.random.default_rng(0).normal(size=9000)) == pytest.approx(4500, rel=0.1)
+
+
 def test_a_mean_without_spread_keeps_a_width() -> None:
     low, high = statistics.bootstrap_mean(np.zeros(100), 0.95, 0, span=2.0)
     assert low == -high == pytest.approx(-2 * 3.8415 / 103.8415, rel=1e-3)
@@ -112,13 +162,14 @@ def test_scores_choose_their_method() -> None:
     assert "studentized" in found.facts["method"]
     assert found.difference[0] < -0.01 < found.difference[1] < -0.0098
     assert found.ratio[0] < 0.94 / 0.95 < found.ratio[1]
-    assert found.detectable == pytest.approx(3.605 * 0.001 / np.sqrt(500), rel=0.1)
+    assert found.detectable[0] == pytest.approx(3.605 * 0.001 / np.sqrt(500), rel=0.1)
+    assert found.detectable[1][0] < found.detectable[0] < found.detectable[1][1]
 
 
 def test_a_statistic_that_never_changes_keeps_a_width() -> None:
     found = statistics.compare_statistic(lambda rows: 0.5, lambda rows: 0.5, 200, 0, 0.95, 0)
     assert found.difference[0] < 0 < found.difference[1]
-    assert found.detectable > 0
+    assert found.detectable[0] > 0
 
 
 def test_few_differences_are_not_overconfident() -> None:

@@ -104,6 +104,7 @@ def test_a_right_and_cheap_refit_is_kept(tmp_path: Path) -> None:
     refit = facts["refit"]
     assert (refit["safe"], refit["kind"], facts["latency_ms"]) == (True, "whole", 1.04)
     assert refit["tax"] == pytest.approx(0.04)
+    assert refit["plain"]["latency_ms"] == 1.0
     assert "--refit" in facts["command"]
     sealed = manifest_of(tmp_path / "out" / "plan")["refit"]
     assert sealed["safe"]

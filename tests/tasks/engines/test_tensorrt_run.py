@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tasks.engines import tensorrt, tensorrt_proof
+from tasks.engines import tensorrt_api as api
 from tasks.engines.tensorrt_api import Gpu
 from tasks.engines.tensorrt_run import check_host, manifest_of
 from tasks.errors import InputError
@@ -113,6 +114,21 @@ def test_accepted_hosts(changes: dict[str, Any], version: str, gpu: Gpu) -> None
 def test_the_lean_runtime_opens_compatible_plans_only(plan: Path) -> None:
     with pytest.raises(InputError, match="version compatible plans only"):
         tensorrt.open(plan, None, lean=True)
+
+
+@pytest.mark.parametrize("compatible", [True, False])
+def test_the_lean_runtime_serves_where_it_is_all_there_is(
+    plan: Path, monkeypatch: pytest.MonkeyPatch, compatible: bool
+) -> None:
+    (plan / "plan.json").write_text(json.dumps(manifest(version_compatible=compatible)))
+    monkeypatch.setattr(api, "version_of", {"tensorrt_lean": "10.14.1"}.get)
+    monkeypatch.setattr(api, "gpu", lambda: H100)
+    monkeypatch.setattr(api, "platform_name", lambda: HERE)
+    error, says = (
+        (ImportError, "tensorrt_lean") if compatible else (InputError, "10.14.1, which is not installed")
+    )
+    with pytest.raises(error, match=says):
+        tensorrt.open(plan, None)
 
 
 def test_opening_says_what_is_missing(plan: Path) -> None:

@@ -1,0 +1,122 @@
+"""What the recipe says of TensorRT reaches its builder, and the same in trtexec's words is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from recipes.schema import Build, TensorRT
+from tasks import batches, build, store, types
+from tasks.artifacts import Engine, OnnxModel
+from tasks.engines import tensorrt
+
+if TYPE_CHECKING:
+    from conftest import Case
+
+needs_rtx = pytest.mark.skipif(tensorrt.version("tensorrt_rtx") is None, reason="no tensorrt-rtx here")
+no_gpu = pytest.mark.skipif(tensorrt.device() != "none", reason="this machine has a GPU")
+
+
+def options(case: Case, **section: Any) -> dict[str, Any]:
+    found = Build(runtime="tensorrt-rtx", **section)
+    preprocessor = batches.preprocessor(case.checkpoint)
+    sample = batches.samples(case.dataset, preprocessor)[0]
+    return build._options("tensorrt-rtx", found, case.dataset, preprocessor, sample)
+
+
+def test_without_a_section_one_profile_spans_everything(text: Case, image: Case) -> None:
+    (profile,) = options(text, max_batch=32)["profiles"]
+    assert {name: (s["min"], s["max"]) for name, s in profile.items()} == dict.fromkeys(
+        types.load(text.dataset.type).INPUTS, ((1, 1), (32, 16))
+    )
+    ((pixels,),) = [p.values() for p in options(image)["profiles"]]
+    assert [pixels[key][0] for key in ("min", "opt", "max")] == [1, 8, 64]
+    assert pixels["min"][1:] == pixels["max"][1:]
+
+
+def test_several_profiles_and_every_flag(text: Case) -> None:
+    said = TensorRT.model_validate(
+        {
+            "profiles": [
+                {"batch": [1, 1, 8], "length": [1, 4, 16]},
+                {"batch": [9, 64, 64]},
+            ],
+            "refit": "never",
+            "sparse": True,
+            "level": 4,
+            "workspace_mb": 2,
+            "timing_cache": False,
+            "hardware": "ampere_plus",
+        }
+    )
+    found = options(text, tensorrt=said)
+    name = next(iter(types.load(text.dataset.type).INPUTS))
+    assert [p[name]["max"] for p in found["profiles"]] == [(8, 16), (64, 16)]
+    assert found["profiles"][0][name]["opt"] == (1, 4)
+    assert found["workspace"] == 2 << 20
+    assert (found["refit"], found["sparse"], found["level"]) == ("never", True, 4)
+    assert (found["hardware"], found["timing_cache"]) == ("ampere_plus", None)
+
+
+def test_a_version_compatible_plan_is_not_made_refittable(image: Case) -> None:
+    assert options(image, tensorrt=TensorRT(version_compatible=True))["refit"] == "never"
+    assert options(image)["refit"] == "auto"
+
+
+def test_timings_are_kept_beside_the_store(image: Case) -> None:
+    assert options(image)["timing_cache"] == str(store.home() / "timing-cache")
+
+
+@needs_rtx
+@no_gpu
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_build_tells_its_command_and_asks_for_sparse_kernels_where_weights_are(
+    image: Case, capsys: pytest.CaptureFixture[str], pruned: bool
+) -> None:
+    section = Build(runtime="tensorrt-rtx", tensorrt=TensorRT(level=1))
+    engine: Engine = build.build.fn(
+        linear(image, pruned), image.checkpoint, image.dataset, section, "tensorrt-rtx", ""
+    )
+    command = engine.facts["command"]
+    assert command in capsys.readouterr().err
+    assert "--builderOptimizationLevel=1" in command
+    assert ("--sparsity=enable" in command) is pruned
+    assert engine.proved == "built"
+    assert (store.path(engine.plan.blob) / "plan.json").read_text().count("--builderOptimizationLevel=1") == 1
+
+
+def linear(case: Case, pruned: bool) -> OnnxModel:
+    """A linear classifier in FP16, dense or 2:4."""
+    sample = batches.samples(case.dataset, batches.preprocessor(case.checkpoint))[0]
+    ((name, array),) = sample.items()
+    width, count = int(np.prod(array.shape[1:])), len(case.dataset.labels)
+    weights = np.random.default_rng(0).standard_normal((width, count)).astype(np.float16)
+    weights[[row for row in range(width) if row % 4 > 1] if pruned else []] = 0
+    nodes = [
+        helper.make_node("Flatten", [name], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("MatMul", ["half", "w"], ["product"]),
+        helper.make_node("Cast", ["product"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *array.shape[1:]])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", count])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    with store.staging() as folder:
+        (folder / "onnx").mkdir()
+        onnx.save(model, folder / "onnx" / "model.onnx")
+        return OnnxModel(store.commit(folder / "onnx"), "fp16", {})
+
+
+def test_the_section_is_part_of_what_a_kept_build_depends_on(tmp_path: Path) -> None:
+    plain, other = Build(runtime="tensorrt"), Build(runtime="tensorrt", tensorrt=TensorRT(level=5))
+    assert plain.model_dump(mode="json") != other.model_dump(mode="json")

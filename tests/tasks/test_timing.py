@@ -1,0 +1,67 @@
+"""Rounds are interleaved, and timed by the device where it has a clock of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tasks import timing
+from tasks.engines.common import OnDevice
+
+FEED = {"x": np.zeros((1, 2), np.float32)}
+
+
+class Session:
+    """Notes its calls."""
+
+    inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {}  # noqa: RUF012
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order = name, order
+
+    def run(self, feed: Any) -> dict[str, np.ndarray]:
+        self.order.append(self.name)
+        return {}
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Clocked(Session):
+    """Times itself."""
+
+    def latencies(self, feed: Any, count: int, warmup: int) -> list[float]:
+        self.order.append(self.name)
+        return [2.0] * count
+
+
+def test_every_other_round_goes_backwards() -> None:
+    order: list[str] = []
+    sessions = {name: Session(name, order) for name in ("a", "b")}
+    found = timing.interleaved(
+        sessions, {"a": {1: FEED}, "b": {1: FEED}}, rounds=range(3), round_ms=0.000001, warmup=2
+    )
+    assert order == ["a", "a", "b", "b", "a", "b", "b", "a", "a", "b"]
+    assert {name: [len(calls) for calls in by[1]] for name, by in found.items()} == {
+        "a": [1, 1, 1],
+        "b": [1, 1, 1],
+    }
+
+
+def test_the_devices_own_clock_is_believed() -> None:
+    order: list[str] = []
+    sessions = {"a": Clocked("a", order)}
+    assert isinstance(sessions["a"], OnDevice)
+    found = timing.interleaved(sessions, {"a": {4: FEED}}, rounds=range(2), round_ms=7, warmup=1)
+    assert found == {"a": {4: [[0.002] * 4, [0.002] * 4]}}
+
+
+def test_a_tensorrt_session_times_itself() -> None:
+    """Its signature is what the rounds call; a rename there would silently fall back to the host's clock."""
+    from tasks.engines.tensorrt_run import TensorRTSession
+
+    assert issubclass(TensorRTSession, OnDevice)
+    assert TensorRTSession.latencies.__code__.co_varnames[:4] == ("self", "feed", "count", "warmup")
