@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gidgethub import ValidationFailure
+from gidgethub import BadRequest, ValidationFailure
 from gidgethub.sansio import Event
 from standardwebhooks import Webhook
 from starlette.exceptions import HTTPException
@@ -122,7 +122,7 @@ def _verified(
         return verify(body, headers)
     except HTTPException:
         raise
-    except (KeyError, RecursionError, json.JSONDecodeError) as error:
+    except (KeyError, RecursionError, json.JSONDecodeError, BadRequest) as error:
         raise HTTPException(400, "not a call that this way in understands") from error
     except Exception as error:  # whatever a forger's headers make the libraries raise
         raise HTTPException(401, "not signed with our secret, or too old") from error
