@@ -112,14 +112,25 @@ def _judge(model: str) -> str:
 
 
 def gate_pending(model: str, version: str) -> None:
-    """Have a version that waits for its gate judged here; raises InputError where that cannot be."""
+    """Have a version that waits for its gate judged here, where its runtime is; InputError where it is not.
+
+    Meanwhile the alias goes back. What comes of it is a version of its own, since its engine is one: the
+    pipeline promotes it, or says why not.
+    """
     manifest = registry.manifest_of(registry.registered(model, version).run_id)
-    why = verify.missing(manifest["engines"]["candidate"]["plan"]["runtime"])
-    raise InputError(
-        f"its gate is pending, and {why}: a worker that has the runtime must judge it first"
-        if why
-        else "its gate is pending; run its recipe here, where the runtime is, to have it judged"
-    )
+    if why := verify.missing(manifest["engines"]["candidate"]["plan"]["runtime"]):
+        raise InputError(f"its gate is pending, and {why}: a worker that has the runtime must judge it first")
+    with ledger.held(model):
+        registry_alias.settle(model)
+        _refuse(
+            model, ledger.champion(ledger.lines(model)), version, "its gate is pending; it is judged first"
+        )
+    from flows.pending import judge_pending  # which ends in an agreement, too
+
+    outcome = judge_pending(model, version)
+    words = f"Judged as version {outcome.version.version}: {outcome.verdict}."
+    tags = {"gated_as": outcome.version.version}
+    registry_alias.note(model, version, words, tags, drop=[registry_alias.REFUSED])
 
 
 def _take(model: str, champion: str | None, version: str, waits: str) -> Agreement:

@@ -16,9 +16,9 @@ from flows.judge import Outcome, judge, log_failure
 from flows.optimize import compress
 from recipes import Recipe
 from recipes.schema import Build, Runtime
-from tasks import lineage, registry
+from tasks import ledger, lineage, registry
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Version
-from tasks.build import build, host, precision
+from tasks.build import build, check_build, host, precision
 from tasks.calibrate import recalibrate
 from tasks.errors import InputError
 from tasks.evaluate import check
@@ -82,7 +82,9 @@ def sourced(place: str) -> str:
 
 def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool) -> Outcome:
     # 1. What changed? Nothing: nothing is done.
+    ledger.address()
     check(recipe.gate, len(recipe.data.labels))
+    check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
     source = sourced(given) if given else recipe.model.source if recipe.compressed_elsewhere else None
     found = {"data": content(recipe.data)}
     if source:

@@ -84,6 +84,16 @@ def lines(model: str) -> list[Line]:
         return _read(connection, model)
 
 
+def runs() -> set[str]:
+    """Every run that a line of any model names."""
+    engine = _engine(address())
+    with _explained(), engine.connect().execution_options(reading=True) as connection:
+        if not sa.inspect(connection).has_table(_TABLE):
+            return set()
+        found = connection.execute(sa.select(_table.c.run_id).distinct())
+        return {str(row.run_id) for row in found if row.run_id}
+
+
 def append(
     model: str,
     event: str,

@@ -56,6 +56,12 @@ def parsed(version: Version) -> Recipe:
     return recipes.parse(recipe(version), (), f"the recipe of {version.model} version {version.version}")
 
 
+def found(version: Version) -> dict[str, str]:
+    """What data and starting weights were, as digests."""
+    digests: dict[str, str] = manifest(version).get("found", {})
+    return digests
+
+
 def checkpoint(version: Version) -> Checkpoint:
     """The trained, pruned and quantized network that the version's engine was made of."""
     facts = manifest(version)["checkpoints"]["candidate"]

@@ -27,7 +27,8 @@ def previous_rows(held: Dataset, dataset: Dataset) -> Dataset:
     import pyarrow.parquet as pq
 
     column = load.column(dataset.type)
-    trained = {_key(value) for value in load.rows(dataset, "train")[column]}
+    seen = load.rows(dataset, "train")[column] if "train" in dataset.rows else []
+    trained = {_key(value) for value in seen}
     table = pq.read_table(store.path(held.blob) / "test.parquet")
     kept = [k for k, value in enumerate(table[column].to_pylist()) if _key(value) not in trained]
     if not kept:

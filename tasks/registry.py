@@ -100,6 +100,12 @@ def current(model: str) -> Version | None:
     return version_of(found, model) if found else None
 
 
+def version(model: str, number: str) -> Version:
+    """A version by its number; raises InputError where there is none."""
+    registered(model, number)
+    return version_of(client().get_model_version(model, number), model)
+
+
 def recipe_content(recipe: Recipe) -> str:
     """Digest of everything a recipe says but its name and where data and weights lie."""
     content = recipe.model_dump(mode="json", exclude={"name": True, "model": {"source", "revision"}})

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tasks import ledger
 from tasks.registry import client, manifest_file
 from tasks.registry_engine import EXPERIMENT, SHARED
 
@@ -17,13 +18,23 @@ if TYPE_CHECKING:
 def references() -> set[str]:
     """Every digest that a run's manifest, and so a version or a ledger line, names."""
     mlflow = client()
-    found: set[str] = set()
+    found = {digest for run_id in ledger.runs() for digest in _digests(run_id)}
     for experiment in mlflow.search_experiments():
         if experiment.name == EXPERIMENT:
             for made in _runs(mlflow, experiment.experiment_id):
                 if "gate" in made.data.tags:  # only a whole run has it, and a manifest
-                    found |= set(re.findall(r"\b[0-9a-f]{64}\b", manifest_file(made.info.run_id).read_text()))
+                    found |= _digests(made.info.run_id)
     return found
+
+
+def _digests(run_id: str) -> set[str]:
+    """Every digest in a run's manifest; none where the run is gone for good."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return set(re.findall(r"\b[0-9a-f]{64}\b", manifest_file(run_id).read_text()))
+    except (MlflowException, OSError):
+        return set()
 
 
 def unreferenced(referenced: set[str], before: float) -> dict[str, int]:

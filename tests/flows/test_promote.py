@@ -152,6 +152,27 @@ def test_a_pending_version_waits_for_a_worker_that_has_the_runtime(
     assert "a worker that has the runtime must judge it" in done.reason
 
 
+def test_a_pending_version_is_judged_where_its_runtime_is_and_then_promoted(
+    first: Version, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import build
+
+    name = "digits-pending"
+    with monkeypatch.context() as elsewhere:  # a machine without the runtime: the engine is only checked
+        elsewhere.setattr(build, "installed", lambda runtime: None)
+        waiting = optimize(QUICK, f"model.name={name}").version
+    assert waiting.gate == "pending"
+    registry.client().set_registered_model_alias(name, "champion", waiting.version)
+    done = promote.agree(name)
+    assert done.champion not in (None, waiting.version)
+    judged = registry.registered(name, str(done.champion))
+    assert (judged.tags["gate"], judged.tags["proved"]) == ("passed", "executed")
+    tags = registry.registered(name, waiting.version).tags
+    assert tags["gated_as"] == done.champion
+    assert registry_alias.alias_of(name) == done.champion
+    assert promote.agree(name).action == "nothing"
+
+
 def stored(version: Version) -> Path:
     """Where MLflow keeps the version's engine."""
     uri = registry.client().get_model_version_download_uri(version.model, version.version)
