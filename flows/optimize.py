@@ -39,7 +39,7 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
 
 def _optimize(recipe: Recipe) -> Outcome:
     # 1. Metric, rows and weights: checked here, before anything costly.
-    check(recipe.gate, len(recipe.data.labels))
+    check(recipe.gate, recipe.task, len(recipe.data.labels))
     found = {
         "data": content(recipe.data),
         "checkpoint": fingerprint(recipe.model.source, recipe.model.revision),

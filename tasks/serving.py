@@ -1,4 +1,4 @@
-"""The MLflow model behind `models:/NAME@champion`: texts or images in, labels and scores out.
+"""The MLflow model behind `models:/NAME@champion`: texts or images in, what the task type answers out.
 
 MLflow runs this file when it loads a version (models from code): no pickle, no torch, no ModelOpt.
 """
@@ -36,21 +36,25 @@ class EngineModel(PythonModel):
 
     # MLflow warns without a hint, and takes any but an array's for a schema of its own.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> list[dict[str, Any]]:
-        """One `{"label", "score"}` per input; a bad input is named by its place."""
+        """One dictionary per input (`{"label", "score"}`); a bad input is named by its place."""
         values = _values(model_input)
         kind = types.load(self.settings["type"])
         for place, value in enumerate(values):
             try:
-                kind.check(value)
+                kind.check(value, self.settings)
             except InputError as error:
                 raise InputError(f"input {place}: {error}") from None
         encoded = kind.encode(self.preprocessor, values)
         found: list[dict[str, Any]] = []
         for start in range(0, len(encoded), self.largest_batch):
-            batch = kind.collate(encoded[start : start + self.largest_batch])
-            (logits,) = self.session.run(batch).values()
-            found += types.decode(np.asarray(logits), self.settings["labels"])
+            found += kind.answer(self.preprocessor, encoded[start : start + self.largest_batch], self.run)
         return found
+
+    def run(self, examples: Sequence[types.Example]) -> np.ndarray:
+        """The engine's output for examples."""
+        batch = types.load(self.settings["type"]).collate(examples)
+        (output,) = self.session.run(batch).values()
+        return np.asarray(output)
 
 
 def _plan(folder: Path, address: str | None) -> Path:
