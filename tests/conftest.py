@@ -114,3 +114,24 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def embedding_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for sentence embeddings of a tiny BERT, as it is, in INT8."""
+    folder = tmp_path_factory.mktemp("embedding")
+    recipe = {
+        "task": "sentence-embedding",
+        "model": {"name": "tiny-embedding", "source": f"path:{bert_folder(folder / 'model')}"},
+        "data": {
+            "source": f"path:{sentences(folder / 'rows.jsonl')}",
+            "text": "text",
+            "split": {"train": 64, "test": 200, "calibration": 32},
+            "max_length": 16,
+        },
+        "quantize": {"format": "int8"},
+        "benchmark": {"batch_sizes": [1], "rounds": 6},
+        "gate": {"metric": "cosine", "max_drop": 0.1},
+    }
+    (folder / "tiny-embedding.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "tiny-embedding.yaml"
