@@ -11,7 +11,7 @@ from recipes.gate import Gate
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-Task = Literal["text-classification", "image-classification", "sentence-embedding"]
+Task = Literal["text-classification", "image-classification", "sentence-embedding", "causal-lm"]
 
 
 class Needs(NamedTuple):
@@ -26,6 +26,7 @@ TASKS: dict[str, Needs] = {
     "text-classification": Needs("text"),
     "image-classification": Needs("image"),
     "sentence-embedding": Needs("text", labels=False, trains=False),
+    "causal-lm": Needs("text", labels=False),
 }
 
 

@@ -13,11 +13,19 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 
 from tasks import types
 from tasks.engines import open_engine
 from tasks.errors import InputError
+
+
+class BadInput(InputError, mlflow.MlflowException):
+    """What cannot be predicted; MLflow's server answers it with status 400 and these words."""
+
+    def __init__(self, message: str) -> None:
+        mlflow.MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class EngineModel(PythonModel):
@@ -43,7 +51,7 @@ class EngineModel(PythonModel):
             try:
                 kind.check(value, self.settings)
             except InputError as error:
-                raise InputError(f"input {place}: {error}") from None
+                raise BadInput(f"input {place}: {error}") from None
         encoded = kind.encode(self.preprocessor, values)
         found: list[dict[str, Any]] = []
         for start in range(0, len(encoded), self.largest_batch):
@@ -74,13 +82,13 @@ def _values(model_input: Any) -> Sequence[Any]:
     """The values in a list, an array, or a table's only column."""
     if hasattr(model_input, "columns"):
         if len(model_input.columns) != 1:
-            raise InputError(f"expected one column, got {', '.join(map(str, model_input.columns))}")
+            raise BadInput(f"expected one column, got {', '.join(map(str, model_input.columns))}")
         model_input = model_input.iloc[:, 0].tolist()
     if isinstance(model_input, str):
         model_input = [model_input]
     values = list(model_input)
     if not values:
-        raise InputError("there is nothing to predict: the input is empty")
+        raise BadInput("there is nothing to predict: the input is empty")
     return values
 
 

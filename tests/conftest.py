@@ -135,3 +135,29 @@ def embedding_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "tiny-embedding.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "tiny-embedding.yaml"
+
+
+@pytest.fixture(scope="session")
+def lm_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for a small language model over bytes, a few dozen steps, in INT8."""
+    folder = tmp_path_factory.mktemp("lm")
+    recipe = {
+        "task": "causal-lm",
+        "model": {
+            "name": "tiny-lm",
+            "source": "python:recipes.tiny_llama:build",
+            "tokenizer": f"path:{ROOT / 'recipes' / 'bytes_tokenizer'}",
+        },
+        "data": {
+            "source": f"path:{sentences(folder / 'rows.jsonl')}",
+            "text": "text",
+            "split": {"train": 320, "test": 100, "calibration": 32},
+            "max_length": 24,
+        },
+        "finetune": {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3},
+        "quantize": {"format": "int8", "exclude": ["lm_head"]},
+        "benchmark": {"batch_sizes": [1], "rounds": 6},
+        "gate": {"metric": "perplexity", "min_ratio": 0.9, "on_coarse": "warn"},
+    }
+    (folder / "tiny-lm.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "tiny-lm.yaml"
