@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from flows.promote import agree
 from recipes import Recipe
-from tasks import lineage, registry
+from tasks import lineage, registry, types
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel, Version
 from tasks.benchmark import benchmark
 from tasks.build import build, host, machine, precision
@@ -56,7 +56,7 @@ def judge(attempt: Attempt) -> Outcome:
     rival, unmeasured = measurable(champion, attempt) if champion else (None, None)
     if rival and not registry.same_engine(rival, candidate):
         judged["champion"] = rival
-    scores = score(judged, attempt.dataset, attempt.onnx, recipe)
+    scores = score(judged, attempt.dataset, attempt.onnx, attempt)
     timing = benchmark(
         judged, attempt.dataset, recipe.benchmark, recipe.build.threads, machine(recipe.build.runtime)
     )
@@ -90,13 +90,17 @@ def judge(attempt: Attempt) -> Outcome:
 
 
 def score(
-    engines: dict[str, Engine], data: Dataset, onnx: dict[str, OnnxModel], recipe: Recipe
+    engines: dict[str, Engine], data: Dataset, onnx: dict[str, OnnxModel], attempt: Attempt
 ) -> dict[str, Metrics]:
     """The recipe's metric of each engine over the held-out rows."""
+    recipe = attempt.recipe
     metric, here = recipe.gate.metric, machine(recipe.build.runtime)
     own = fingerprint(metric) if metric.startswith("python:") else ""
+    compared = types.load(recipe.task).REFERENCES == "baseline"
+    baseline = attempt.engines["baseline"] if compared else None
     return {
-        name: evaluate(engine, onnx.get(name), data, metric, own, here) for name, engine in engines.items()
+        name: evaluate(engine, onnx.get(name), data, metric, own, here, baseline)
+        for name, engine in engines.items()
     }
 
 
@@ -127,7 +131,7 @@ def forgetting(
     if rival is None or rows is None:
         return None
     old = previous_rows(rows, attempt.dataset)
-    return score({"candidate": attempt.engines["candidate"], "champion": rival}, old, {}, attempt.recipe)
+    return score({"candidate": attempt.engines["candidate"], "champion": rival}, old, {}, attempt)
 
 
 def pending(attempt: Attempt) -> Outcome:

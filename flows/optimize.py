@@ -42,7 +42,7 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
 def _optimize(recipe: Recipe) -> Outcome:
     # 1. Ledger, metric, rows and weights: checked here, before anything costly.
     ledger.address()
-    check(recipe.gate, len(recipe.data.labels))
+    check(recipe.gate, recipe.task, len(recipe.data.labels))
     check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
     found = {
         "data": content(recipe.data),

@@ -83,7 +83,7 @@ def sourced(place: str) -> str:
 def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool) -> Outcome:
     # 1. What changed? Nothing: nothing is done.
     ledger.address()
-    check(recipe.gate, len(recipe.data.labels))
+    check(recipe.gate, recipe.task, len(recipe.data.labels))
     check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
     source = sourced(given) if given else recipe.model.source if recipe.compressed_elsewhere else None
     found = {"data": content(recipe.data)}

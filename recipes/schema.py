@@ -2,85 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from recipes.data import Data, Section, Source
 from recipes.gate import Gate
 
-Source = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^(hub:[\w.-]+(/[\w.-]+)?|(path|modelopt):.+|package:[\w.-]+/.+|python:[\w.]+:\w+)$"
-    ),
-]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 # A path of the repository as git's `:(glob)` reads it: `*` stays in a folder, `**` does not.
 Glob = Annotated[str, StringConstraints(pattern=r"^\.?[^/:.](\.?[^.])*\.?$")]
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+Task = Literal["text-classification", "image-classification", "sentence-embedding", "causal-lm"]
 
 
-class Section(BaseModel):
-    """Base of every section: frozen, and a key it does not know is an error."""
+class Needs(NamedTuple):
+    """What a kind of task asks of a recipe: the key of `data` with its inputs, labels, and may it train."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    column: Literal["text", "image"]
+    labels: bool = True
+    trains: bool = True
+
+
+TASKS: dict[str, Needs] = {
+    "text-classification": Needs("text"),
+    "image-classification": Needs("image"),
+    "sentence-embedding": Needs("text", labels=False, trains=False),
+    "causal-lm": Needs("text", labels=False),
+}
 
 
 class Model(Section):
     """Where the weights come from, and the name the result is registered under.
 
     `modelopt:DIR` is a checkpoint that was pruned or quantized elsewhere: it goes straight to export.
+    `tokenizer` is the folder with a text model's tokenizer, where that is not the source.
     """
 
     name: Name
     source: Source
     revision: str | None = None
-
-
-class Label(Section):
-    """A label from a number: below `cut` is the first class, above it the second, near it is left out."""
-
-    column: str
-    cut: float
-    margin: float = Field(0.0, ge=0)
-
-
-class Image(Section):
-    """An image laid out in the first columns of a table, row by row; pixels are multiplied by `scale`."""
-
-    shape: tuple[int, int, int]
-    scale: float = 1.0
-
-
-class Split(Section):
-    """Rows in each part; they are disjoint, and drawn with `seed`. Calibration rows are training rows."""
-
-    train: int = Field(ge=1)
-    test: int = Field(ge=1)
-    calibration: int = Field(256, ge=1)
-    seed: int = 0
-
-
-class Data(Section):
-    """Labelled rows: a file, a folder, a package or a hub data set, and how to read it.
-
-    `keep` names further columns, for the gate's floors. `query` is SQL (DuckDB's) over Parquet files, which
-    it sees as the table `rows`; its result is the data, whatever else the files hold.
-    """
-
-    source: Source
-    revision: str | None = None
-    files: tuple[str, ...] = ()
-    format: Literal["csv", "json", "parquet"] | None = None
-    read: dict[str, Any] = Field(default_factory=dict)
-    query: str | None = None
-    keep: tuple[str, ...] = ()
-    text: str | None = None
-    image: Image | None = None
-    label: str | Label
-    labels: tuple[str, ...] = Field(min_length=2)
-    split: Split
-    max_length: int = Field(128, ge=2, le=8192)
+    tokenizer: Source | None = None
 
 
 class Finetune(Section):
@@ -257,7 +219,7 @@ class Recipe(Section):
     """Everything one run needs; `name` is the file's name."""
 
     name: Name
-    task: Literal["text-classification", "image-classification"]
+    task: Task
     model: Model
     data: Data
     finetune: Finetune | None = None
@@ -278,10 +240,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
-        column = {"text-classification": "text", "image-classification": "image"}[self.task]
-        if getattr(self.data, column) is None:
-            raise ValueError(f"task {self.task} needs data.{column}")
-        if self.model.source.startswith("python:") and self.finetune is None:
+        self._task_fits(TASKS[self.task])
+        trains = TASKS[self.task].trains
+        if trains and self.model.source.startswith("python:") and self.finetune is None:
             raise ValueError("a python: model starts from random weights; add a finetune section")
         if self.compressed_elsewhere:
             self._nothing_to_train()
@@ -298,12 +259,28 @@ class Recipe(Section):
             raise ValueError("model.name: triton is the serving folder's own; take another name")
         return self
 
+    def _task_fits(self, needs: Needs) -> None:
+        if getattr(self.data, needs.column) is None:
+            raise ValueError(f"task {self.task} needs data.{needs.column}")
+        if needs.labels and self.data.label is None:
+            raise ValueError(f"task {self.task} needs data.label and data.labels")
+        if not needs.labels and self.data.label is not None:
+            raise ValueError(f"task {self.task} has no labels; remove data.label and data.labels")
+        given = [name for name in ("finetune", "qat", "retrain") if getattr(self, name) is not None]
+        if given and not needs.trains:
+            raise ValueError(
+                f"task {self.task} is not trained here, the weights are model.source's; remove "
+                + ", ".join(given)
+            )
+        if needs.column == "text" and self.model.source.startswith("python:") and not self.model.tokenizer:
+            raise ValueError("a python: model of texts has no tokenizer; say where one is: model.tokenizer")
+
     @model_validator(mode="after")
     def _profiles_fit(self) -> Recipe:
         profiles = self.build.tensorrt.profiles if self.build.tensorrt else ()
         if not (self.build.tensorrt and profiles):
             return self
-        text = self.task == "text-classification"
+        text = TASKS[self.task].column == "text"
         if not text and any(profile.length for profile in profiles):
             raise ValueError("build.tensorrt.profiles: images have a batch and no length; leave length out")
         longest = self.data.max_length if text else 1

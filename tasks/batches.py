@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def examples(dataset: Dataset, part: str, preprocessor: Path) -> tuple[list[Example], np.ndarray]:
-    """Every encoded example of a part, and the labels as int64 of shape (rows,)."""
-    labels = np.asarray(rows(dataset, part)["label"], dtype=np.int64)
+    """Every encoded example of a part, and the labels as int64 of shape (rows,), or (0,) without any."""
+    labels = np.asarray(rows(dataset, part).get("label", []), dtype=np.int64)
     return inputs(dataset, part, preprocessor), labels
 
 

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import store
+from tasks import store, types
 from tasks.artifacts import Checkpoint, Facts
 from tasks.errors import InputError
 
@@ -40,50 +40,57 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def from_pretrained(source: Path, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A sequence classifier from a Hugging Face folder; only the head may be new."""
+def from_pretrained(source: Path, task: str, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The task type's network from a Hugging Face folder; only a head for labels may be new."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     torch.manual_seed(seed)
     if not (source / "config.json").is_file():
         raise InputError(f"model.source: {source} has no config.json, so it is no Hugging Face checkpoint")
+    options: dict[str, Any] = {"ignore_mismatched_sizes": True} if labels else {}
     try:
-        config = AutoConfig.from_pretrained(source, num_labels=labels)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        config = AutoConfig.from_pretrained(source, **({"num_labels": labels} if labels else {}))
+        model, report = _auto(task).from_pretrained(
+            source,
+            config=config,
+            attn_implementation="eager",
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"model.source: {source} does not fit its config: {error}") from error
-    trunk = f"{model.base_model_prefix}."
     # A pooler is part of the head: encoders trained without one are common.
-    missing = [k for k in report["missing_keys"] if k.startswith(trunk) and ".pooler." not in k]
-    if missing or report["mismatched_keys"]:
-        names = [*missing, *(str(key) for key in report["mismatched_keys"])]
+    trunk = f"{model.base_model_prefix}." if labels else ""
+    keys = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
+    wrong = [key for key in keys if key.startswith(trunk) and "pooler." not in key]
+    if wrong:
         raise InputError(
-            f"model.source: {source} does not fit its config; wrong or missing: {', '.join(names[:5])}"
+            f"model.source: {source} does not fit its config; wrong or missing: {', '.join(wrong[:5])}"
         )
-    return model, model.config.to_dict()
+    return _headless(model, task), model.config.to_dict()
 
 
-def from_function(target: str, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def from_function(target: str, task: str, labels: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """The network that the user's `module:function` returns for a number of labels."""
     import torch
 
     torch.manual_seed(seed)
-    return _classifier(target, labels), {"model_type": "python", "function": target, "labels": labels}
+    config = {"model_type": "python", "function": target, "labels": labels}
+    return _network(config, task), config
 
 
-def from_modelopt(source: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A classifier that ModelOpt pruned or quantized elsewhere, as `save_pretrained` wrote it."""
+def from_modelopt(source: Path, task: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A network that ModelOpt pruned or quantized elsewhere, as `save_pretrained` wrote it."""
     missing = [name for name in ("config.json", STATE, "model.safetensors") if not (source / name).is_file()]
     if missing:
         raise InputError(
             f"model.source: {source} has no {', '.join(missing)}; save it with save_pretrained under "
             "mto.enable_huggingface_checkpointing()"
         )
-    model, config = restore_folder(source)
+    model, config = restore_folder(source, task)
     if not quantizers(model) and not sparse_modules(model):
         raise InputError(f"model.source: nothing in {source} is pruned or quantized; use path: for it")
     return model, config
@@ -108,7 +115,7 @@ def counted(names: Sequence[str]) -> Facts:
     }
 
 
-def plain(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+def plain(model: nn.Module, config: dict[str, Any], task: str) -> nn.Module:
     """The network that computes with the same weights, but without mask and quantizers."""
     import torch
 
@@ -121,7 +128,7 @@ def plain(model: nn.Module, config: dict[str, Any]) -> nn.Module:
         if scale is not None:  # SmoothQuant divided the weights by what it multiplies the inputs with
             values[f"{name}.weight"] = values[f"{name}.weight"] * scale
     with torch.random.fork_rng():
-        fresh = _network(config)
+        fresh = _network(config, task)
     fresh.load_state_dict({name: values[name] for name in fresh.state_dict()})
     return fresh.eval()
 
@@ -151,15 +158,15 @@ def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, fact
 
 def restore(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:
     """The network exactly as it was saved, and its config."""
-    return restore_folder(store.path(checkpoint.blob))
+    return restore_folder(store.path(checkpoint.blob), checkpoint.type)
 
 
-def restore_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def restore_folder(folder: Path, task: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a checkpoint folder, and its config."""
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    model = _network(config)
+    model = _network(config, task)
     if (folder / STATE).is_file():
         with quiet():
             import modelopt.torch.opt as mto
@@ -172,16 +179,28 @@ def restore_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), config
 
 
-def _network(config: dict[str, Any]) -> nn.Module:
+def _network(config: dict[str, Any], task: str) -> nn.Module:
     """The network of a config, its weights not yet loaded."""
     if config["model_type"] == "python":
-        return _classifier(config["function"], config["labels"])
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+        return _own(config["function"], task, config["labels"])
+    from transformers import AutoConfig
 
     values = {name: value for name, value in config.items() if name != "model_type"}
-    model: nn.Module = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model(config["model_type"], **values), attn_implementation="eager"
-    )
+    settings = AutoConfig.for_model(config["model_type"], **values)
+    return _headless(_auto(task).from_config(settings, attn_implementation="eager"), task)
+
+
+def _auto(task: str) -> Any:
+    """The transformers class that reads a Hugging Face folder for this task."""
+    import transformers
+
+    return getattr(transformers, types.load(task).AUTO)
+
+
+def _headless(model: nn.Module, task: str) -> nn.Module:
+    """Without the pooler where the bare network is asked for: unused, it cannot be calibrated."""
+    if types.load(task).AUTO == "AutoModel" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # type: ignore[assignment]
     return model
 
 
@@ -247,23 +266,29 @@ def quantizers(model: nn.Module) -> list[str]:
     ]
 
 
-def _classifier(target: str, labels: int) -> nn.Module:
+def _own(target: str, task: str, labels: int) -> nn.Module:
+    """The user's network; one that is not of transformers gets its inputs in the type's order."""
     from torch import nn
-    from transformers.modeling_outputs import ImageClassifierOutput
+    from transformers import PreTrainedModel
 
-    class Classifier(nn.Module):
-        """Gives a plain network the keyword input and the output that the Trainer expects."""
+    class Plain(nn.Module):
+        """Gives a plain network the keyword inputs that everything here calls with."""
 
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
             self.net = net
 
-        def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
-            return ImageClassifierOutput(logits=self.net(pixel_values))
+        def forward(self, **inputs: Tensor) -> Any:
+            return self.net(*(inputs[name] for name in types.load(task).INPUTS))
 
     module, _, name = target.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"model.source: python:{target} cannot be imported: {error}") from error
-    return Classifier(function(labels))
+    net = function(labels)
+    if not isinstance(net, nn.Module):
+        raise InputError(
+            f"model.source: python:{target} returned {type(net).__name__}, not a torch.nn.Module"
+        )
+    return net if isinstance(net, PreTrainedModel) else Plain(net)

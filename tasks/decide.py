@@ -52,7 +52,9 @@ def measurements(
     """Everything the gate may look at, per engine: candidate, baseline and perhaps champion."""
     table = load.rows(dataset, "test")
     kept = {name: column for name, column in table.items() if name not in ("text", "image", "label")}
-    slices: dict[str, Sequence[Any]] = {"label": [dataset.labels[k] for k in table["label"]], **kept}
+    slices: dict[str, Sequence[Any]] = {**kept}
+    if "label" in table:
+        slices["label"] = [dataset.labels[k] for k in table["label"]]
     rounds = benchmark.loaded(timing)
     per_row = {name: evaluate.loaded(found) for name, found in scores.items()}
     measured = {}

@@ -147,7 +147,7 @@ def smoke(model: str) -> None:
         raise Unfit(problem)
     predictor = Predictor(folder)
     wanted = np.asarray(json.loads((folder / SMOKE).read_text()))
-    found = predictor.logits(predictor.kind.smoke(predictor.preprocessor))
+    found = predictor.output(predictor.kind.smoke(predictor.preprocessor))
     if not triton.close(wanted, found):
         raise Unfit(f"a smoke request through {folder} was answered {found.tolist()}, not {wanted.tolist()}")
 
@@ -165,7 +165,7 @@ def ask(engine: Engine) -> np.ndarray:
 def _prove(engine: Engine, folder: Path) -> None:
     """The engine as it lies in `folder` answers like the version's own, and only finite numbers."""
     predictor = Predictor(folder)
-    found, wanted = predictor.logits(predictor.kind.smoke(predictor.preprocessor)), ask(engine)
+    found, wanted = predictor.output(predictor.kind.smoke(predictor.preprocessor)), ask(engine)
     if not np.isfinite(found).all():
         raise Unfit(f"a smoke request was answered {found.tolist()}")
     if not triton.close(wanted, found):

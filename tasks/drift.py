@@ -37,7 +37,7 @@ class Drifted:
 
 @stage(uses=("onnxruntime", "numpy", "tokenizers"), name="observe", gpu=True, timeout_seconds=6 * 3600)
 def observe(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str, host: str) -> Metrics:
-    """One pass: each row's size, class and score, and per quantizer the share of values at its ends.
+    """One pass: each row's size and traits (class, score), and per quantizer the share of values at its ends.
 
     `model` is the ONNX to count in where the engine's runtime cannot (TensorRT); it runs on ONNX Runtime.
     """
@@ -45,15 +45,19 @@ def observe(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str
     kind = types.load(dataset.type)
     encoded = batches.inputs(dataset, part, preprocessor)
     order = sorted(range(len(encoded)), key=lambda k: max(array.size for array in encoded[k].values()))
-    seen: dict[str, list[float]] = {"size": [], "class": [], "score": []}
+    seen: dict[str, list[float]] = {"size": []}
     ends: dict[str, float] = {}
-    total = 0
+    total, (name,) = 0, kind.OUTPUTS
     with _counting(engine, model) as session:
         for start in range(0, len(order), BATCH):
             chosen = [encoded[k] for k in order[start : start + BATCH]]
             feed = kind.collate(chosen)
-            total += _add(session, feed, ends, seen)
-            seen["size"] += [kind.size(example) for example in chosen]
+            outputs = session.run(feed)
+            total += _add(outputs, feed, ends)
+            for example, output in zip(chosen, outputs[name], strict=True):
+                traits = {"size": kind.size(example), **kind.traits(kind.row(output, example))}
+                for trait, value in traits.items():
+                    seen.setdefault(trait, []).append(value)
     with store.staging() as folder:
         content = {**seen, "overflow": {name: share / total for name, share in sorted(ends.items())}}
         (folder / "seen.json").write_text(json.dumps(content))
@@ -70,27 +74,23 @@ def _counting(engine: Engine, model: OnnxModel | None) -> AbstractContextManager
     return onnxruntime_ranges.counting(store.path(engine.plan.blob), weights)
 
 
-def _add(session: Session, feed: types.Example, ends: dict[str, float], seen: dict[str, list[float]]) -> int:
-    """Run a batch; shares are weighed by how many input values it had, which is returned."""
+def _add(outputs: types.Example, feed: types.Example, ends: dict[str, float]) -> int:
+    """Shares are weighed by how many input values the batch had, which is returned."""
     from tasks.engines.onnxruntime_ranges import shares
 
-    outputs = session.run(feed)
     weight = int(next(iter(feed.values())).size)
     for name, share in shares(outputs).items():
         ends[name] = ends.get(name, 0.0) + share * weight
-    for found in types.probabilities(np.asarray(outputs["logits"])):
-        seen["class"].append(float(found.argmax()))
-        seen["score"].append(float(found.max()))
     return weight
 
 
 def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
     """What the new rows ask for, given what the calibration rows were like."""
     old, now = loaded(reference), loaded(new)
-    rows = len(now["score"])
+    rows = len(now["size"])
     if rows < section.min_rows:
         raise InputError(f"{rows} rows are too few to tell a drift (drift.min_rows: {section.min_rows})")
-    index = {name: psi(old[name], now[name]) for name in ("size", "class", "score")}
+    index = {name: psi(old[name], now[name]) for name in old if name != "overflow"}
     # Calibration rows reach the end, too: whatever was largest there, and every value equal to it.
     excess = {name: share - old["overflow"].get(name, 0.0) for name, share in now["overflow"].items()}
     over = {name: more for name, more in excess.items() if more > section.max_overflow}

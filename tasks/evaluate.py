@@ -21,24 +21,24 @@ from tasks.stage import stage
 
 BATCH = 32
 PARITY_ROWS = 64
-TAKEN = ("label", "probability")
 
 
-def check(gate: Gate, classes: int) -> None:
-    """Raise InputError for a metric that does not exist or cannot judge so many classes."""
-    how = metrics.metric(gate.metric)
-    if how.takes not in TAKEN:
+def check(gate: Gate, task: str, classes: int) -> None:
+    """Raise InputError for a metric that does not exist or cannot judge this task with so many classes."""
+    how, kind = metrics.metric(gate.metric), types.load(task)
+    if how.takes not in kind.TAKES:
         raise InputError(
-            f"gate.metric: {gate.metric} takes a {how.takes}; a classifier gives {' and '.join(TAKEN)}"
+            f"gate.metric: {gate.metric} takes a {how.takes}; {task} gives {' and '.join(kind.TAKES)}"
         )
     for key in ("max_drop", "max_forgetting"):
         if how.points and (getattr(gate, key) or 0) >= 1:
             raise InputError(f"gate.{key}: {getattr(gate, key)} is more than all of it; 2 points are 0.02")
-    references = np.arange(2 * classes) % classes
+    rows, references = kind.trial(classes)
     try:
-        how.value(_predictions(np.eye(classes)[references], how.takes), references)
+        how.value(kind.predictions(rows, how.takes), references)
     except Exception as error:  # scikit-learn's and the user's own functions raise what they like
-        raise InputError(f"gate.metric: {gate.metric} cannot judge {classes} classes: {error}") from error
+        what = f"{classes} classes" if classes else task
+        raise InputError(f"gate.metric: {gate.metric} cannot judge {what}: {error}") from error
 
 
 @stage(
@@ -48,36 +48,62 @@ def check(gate: Gate, classes: int) -> None:
     timeout_seconds=6 * 3600,
 )
 def evaluate(
-    engine: Engine, model: OnnxModel | None, dataset: Dataset, metric: str, content: str, host: str
+    engine: Engine,
+    model: OnnxModel | None,
+    dataset: Dataset,
+    metric: str,
+    content: str,
+    host: str,
+    baseline: Engine | None = None,
 ) -> Metrics:
     """The metric over the test rows, each row's prediction and score, and parity with the ONNX it came from.
 
     A row whose outputs are NaN or infinite has neither, and the metric is then left out: the gate refuses
     such an engine. `model` is that ONNX (None for a champion, whose parity was judged when it was made);
-    `content` is the fingerprint of a metric of the user's own.
+    `content` is the fingerprint of a metric of the user's own; `baseline` is the engine to compare with
+    where rows have no labels.
     """
-    how = metrics.metric(metric)
+    how, kind = metrics.metric(metric), types.load(dataset.type)
     encoded, labels = batches.examples(dataset, "test", store.path(engine.preprocessor))
     with opened(engine) as session:
-        logits = run(session, dataset.type, encoded)
-    finite = np.isfinite(logits).all(axis=1)
-    predictions = _predictions(np.where(finite[:, None], logits, 0.0), how.takes)
-    per_row = metrics.scores(how, predictions, labels)
+        rows = run(session, dataset.type, encoded)
+    finite = np.array([bool(np.isfinite(row).all()) for row in rows])
+    predictions = kind.predictions(_without(rows, finite), how.takes)
+    references = kind.references(encoded, labels, _baseline(baseline, dataset))
+    per_row = metrics.scores(how, predictions, references)
     values = {}
     if finite.all():
-        values[metric] = float(np.mean(per_row) if per_row is not None else how.value(predictions, labels))
+        values[metric] = float(
+            np.mean(per_row) if per_row is not None else how.value(predictions, references)
+        )
     if model is not None and finite[:PARITY_ROWS].all():
-        values["parity"] = _parity(model, dataset, engine, logits, encoded)
+        values["parity"] = _parity(model, dataset, rows, encoded)
+    # Scores judge; vectors beside them would be most of what a run keeps.
+    told = how.takes != "vector" or per_row is None
     with store.staging() as folder:
         logged = {
-            "predictions": _known(predictions.tolist(), finite),
-            "references": labels.tolist(),
+            "predictions": _known(predictions.tolist(), finite) if told else None,
+            "references": references.tolist() if told else None,
             "scores": None if per_row is None else _known(list(per_row), finite),
         }
         (folder / "scores.json").write_text(json.dumps(logged))
         blob = store.commit(folder)
-    facts = {"rows": len(labels), "metric": metric, "not_finite": int((~finite).sum())}
+    facts = {"rows": len(rows), "metric": metric, "not_finite": int((~finite).sum())}
     return Metrics(values, blob, facts)
+
+
+def _baseline(engine: Engine | None, dataset: Dataset) -> list[np.ndarray] | None:
+    """The baseline's rows, where the task has no labels."""
+    if engine is None:
+        return None
+    encoded, _ = batches.examples(dataset, "test", store.path(engine.preprocessor))
+    with opened(engine) as session:
+        return run(session, dataset.type, encoded)
+
+
+def _without(rows: list[np.ndarray], finite: np.ndarray) -> list[np.ndarray]:
+    """The rows, with zeros for those that are not finite."""
+    return [row if known else np.zeros_like(row) for row, known in zip(rows, finite, strict=True)]
 
 
 def _known(rows: list[Any], finite: np.ndarray) -> list[Any]:
@@ -86,21 +112,21 @@ def _known(rows: list[Any], finite: np.ndarray) -> list[Any]:
     return [row if known else gone for row, known in zip(rows, finite, strict=True)]
 
 
-def run(session: Session, task: str, encoded: list[types.Example]) -> np.ndarray:
-    """Logits of shape (rows, classes), in the rows' order; rows of like length run together."""
-    collate, size = types.load(task).collate, min(BATCH, getattr(session, "max_batch", BATCH))
+def run(session: Session, task: str, encoded: list[types.Example]) -> list[np.ndarray]:
+    """What is kept of each example's output, in the rows' order; rows of like length run together."""
+    kind, size = types.load(task), min(BATCH, getattr(session, "max_batch", BATCH))
     order = sorted(range(len(encoded)), key=lambda k: max(array.size for array in encoded[k].values()))
-    logits: list[Any] = [None] * len(encoded)
+    rows: list[Any] = [None] * len(encoded)
     for start in tqdm(range(0, len(order), size), desc="evaluate", unit="batch"):
         chosen = order[start : start + size]
-        (output,) = session.run(collate([encoded[k] for k in chosen])).values()
-        for k, row in zip(chosen, output, strict=True):
-            logits[k] = row
-    return np.stack(logits).astype(np.float64)
+        (output,) = session.run(kind.collate([encoded[k] for k in chosen])).values()
+        for k, found in zip(chosen, output, strict=True):
+            rows[k] = kind.row(found, encoded[k]).astype(np.float64)
+    return rows
 
 
 def _parity(
-    model: OnnxModel, dataset: Dataset, engine: Engine, logits: np.ndarray, encoded: list[types.Example]
+    model: OnnxModel, dataset: Dataset, rows: list[np.ndarray], encoded: list[types.Example]
 ) -> float:
     """The least cosine over some rows between the engine and the unoptimized ONNX it was built from."""
     from tasks.engines import onnxruntime
@@ -108,15 +134,13 @@ def _parity(
     count = min(PARITY_ROWS, len(encoded))
     with onnxruntime.open(store.path(model.blob), None, level="disabled") as reference:
         expected = run(reference, dataset.type, encoded[:count])
-    ours = logits[:count]
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(expected, axis=1)
-    return float(((ours * expected).sum(axis=1) / norms).min())
+    return min(_cosine(*pair) for pair in zip(rows[:count], expected, strict=True))
 
 
-def _predictions(logits: np.ndarray, takes: str) -> np.ndarray:
-    if takes == "label":
-        return np.asarray(logits.argmax(axis=1))
-    return types.probabilities(logits)
+def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if np.array_equal(ours, theirs):  # a text of one token has no loss at all
+        return 1.0
+    return float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)))
 
 
 def loaded(scores: Metrics) -> dict[str, list[Any] | None]:

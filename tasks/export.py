@@ -28,7 +28,7 @@ EXTERNAL_DATA_PAST = 1 << 30  # bytes; protobuf ends at 2 GiB
 
 @stage(uses=("torch", "nvidia-modelopt", "onnx", "transformers"), name="export", timeout_seconds=3600)
 def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision: Precision) -> OnnxModel:
-    """One graph: inputs of the task type (dynamic batch), one output `logits`.
+    """One graph: inputs and the one output of the task type, with a free batch.
 
     `precision` is of everything that is not quantized; inputs and outputs stay FP32.
     Raises InputError when the graph loses a 2:4 weight or a quantizer of the checkpoint.
@@ -38,7 +38,7 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
     model, _ = checkpoints.restore(checkpoint)
     export_scales.fill_empty(model)
     sample = batches.samples(dataset, batches.preprocessor(checkpoint), count=1, size=2)[0]
-    graph = _trace(model, sample, types.load(dataset.type).INPUTS, section.opset)
+    graph = _trace(model, sample, types.load(dataset.type), section.opset)
     _fold(graph)
     if precision == "fp16":
         graph = _half(graph)
@@ -51,14 +51,13 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
         return OnnxModel(store.commit(folder), checkpoint.facts.get("format", precision), facts)
 
 
-def _trace(
-    model: nn.Module, sample: types.Example, axes: dict[str, dict[int, str]], opset: int
-) -> onnx.ModelProto:
+def _trace(model: nn.Module, sample: types.Example, kind: types.TaskType, opset: int) -> onnx.ModelProto:
     """ModelOpt's exporter; the one route that works on every quantized network tried."""
     import onnx
     from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
 
-    wrapped = _logits_only(model, list(axes))
+    axes = kind.INPUTS
+    wrapped = _positional(model, kind)
     inputs = tuple(batches.tensors(sample)[name] for name in axes)
     with checkpoints.quiet():  # the tracer's warnings, too: parity is checked on the engine
         content, _ = get_onnx_bytes_and_metadata(
@@ -71,39 +70,41 @@ def _trace(
     opsets = [entry for entry in graph.opset_import if entry.domain != "trt"]
     del graph.opset_import[:]
     graph.opset_import.extend(opsets)
-    _name_output(graph)
+    _name_output(graph, kind.OUTPUTS)
     return graph
 
 
-def _logits_only(model: nn.Module, names: list[str]) -> nn.Module:
+def _positional(model: nn.Module, kind: types.TaskType) -> nn.Module:
     import torch
 
-    class Logits(torch.nn.Module):
-        """Positional inputs in, the logits tensor out."""
+    class Positional(torch.nn.Module):
+        """Positional inputs in, the task type's output out."""
 
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, *arrays: torch.Tensor) -> torch.Tensor:
-            return self.model(**dict(zip(names, arrays, strict=True))).logits  # type: ignore[no-any-return]
+            return kind.forward(self.model, dict(zip(kind.INPUTS, arrays, strict=True)))
 
     # The exporter takes the graph's input names from here.
     parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *kind.INPUTS)
     ]
-    Logits.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return Logits().eval()
+    Positional.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return Positional().eval()
 
 
-def _name_output(graph: onnx.ModelProto) -> None:
-    """Call the only output `logits`, with a batch axis that is free."""
+def _name_output(graph: onnx.ModelProto, outputs: dict[str, dict[int, str]]) -> None:
+    """Call the only output what the task type calls it, with its free axes."""
     (output,) = graph.graph.output
+    ((wanted, axes),) = outputs.items()
     for node in graph.graph.node:
-        node.output[:] = ["logits" if name == output.name else name for name in node.output]
-        node.input[:] = ["logits" if name == output.name else name for name in node.input]
-    output.name = "logits"
-    output.type.tensor_type.shape.dim[0].dim_param = "batch"
+        node.output[:] = [wanted if name == output.name else name for name in node.output]
+        node.input[:] = [wanted if name == output.name else name for name in node.input]
+    output.name = wanted
+    for axis, symbol in axes.items():
+        output.type.tensor_type.shape.dim[axis].dim_param = symbol
 
 
 def _fold(model: onnx.ModelProto) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from recipes.schema import Finetune
 from tasks import batches, checkpoints, store, types
 from tasks.artifacts import Checkpoint, Dataset
@@ -58,6 +60,7 @@ def _trainer(
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             pass
 
+    kind = types.load(dataset.type)
     encoded, labels = batches.examples(dataset, "train", batches.preprocessor(checkpoint))
     steps = max(1, round(section.epochs * -(-len(encoded) // section.batch_size)))
     arguments = TrainingArguments(
@@ -80,9 +83,12 @@ def _trainer(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=[{**example, "labels": int(k)} for example, k in zip(encoded, labels, strict=True)],
+        train_dataset=[
+            {**example, "label": int(k)}
+            for example, k in zip(encoded, labels if len(labels) else [0] * len(encoded), strict=True)
+        ],
         data_collator=_Collator(dataset.type),
-        compute_loss_func=_loss,
+        compute_loss_func=lambda found, targets, num_items_in_batch=None: kind.loss(found, targets),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
@@ -90,22 +96,15 @@ def _trainer(
 
 
 class _Collator:
-    """Rows to a batch of tensors with `labels`."""
+    """Rows to a batch of tensors, with what the loss compares with as `labels`."""
 
     def __init__(self, task: str) -> None:
-        self.collate = types.load(task).collate
+        self.kind = types.load(task)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        batch = batches.tensors(self.collate(rows))
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
-
-
-def _loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(outputs.logits, labels)
+        batch = self.kind.collate(rows)
+        labels = np.array([row["label"] for row in rows])
+        return batches.tensors({**batch, "labels": self.kind.targets(batch, labels)})
 
 
 def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:

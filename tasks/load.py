@@ -9,16 +9,14 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import math
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from recipes.schema import Data, Label, Model, Split
-from tasks import checkpoints, query, store, types
+from recipes.data import Data, Label, Split
+from recipes.schema import Model
+from tasks import checkpoints, columns, query, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
 from tasks.stage import NETWORK, stage
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
     from torch import nn
 
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SUFFIXES = {".csv": "csv", ".txt": "csv", ".tsv": "csv", ".gz": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -88,20 +87,20 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
     """Read, check, label, deduplicate and split the rows; `content` is the source's fingerprint."""
     table, files = _read(data, content)
     inputs = column(task)
-    values = _values(table, data, task)
-    labels, kept = _labels(table, data)
+    values = columns.values(table, data, task)
+    labels, kept = columns.labels(table, data)
     unique = _first_of_each(values, kept)
     if not unique:
-        raise InputError(f"data.source {data.source}: no row is left with a label and a {inputs}")
+        raise InputError(f"data.source {data.source}: no row is left with {inputs} and what else it needs")
     parts = _split([(k, values[k]) for k in unique], data.split)
-    extra = {name: _column(table, name, "data.keep") for name in data.keep}
+    extra = {name: columns.column(table, name, "data.keep") for name in data.keep}
     with store.staging() as folder:
         for part, rows in parts.items():
             _write(
                 folder / f"{part}.parquet",
                 {
                     inputs: [values[k] for k in rows],
-                    "label": [labels[k] for k in rows],
+                    **({"label": [labels[k] for k in rows]} if data.labels else {}),
                     "file": [files[k] for k in rows],
                     **{name: [column_[k] for k in rows] for name, column_ in extra.items()},
                 },
@@ -125,7 +124,7 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
 def load_inputs(data: Data, task: str, content: str) -> Dataset:
     """Rows without labels, as the one part `inputs`: what a model in use is given."""
     table, files = _read(data, content, labelled=False)
-    values = _values(table, data, task)
+    values = columns.values(table, data, task)
     with store.staging() as folder:
         _write(folder / "inputs.parquet", {column(task): values, "file": files})
         facts = {"source": data.source, "content": content}
@@ -137,24 +136,34 @@ def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> 
     """The source's weights with a fresh head for the recipe's labels, and the preprocessor beside them."""
     with store.staging() as folder:
         if model.source.startswith("python:"):
-            module, config = checkpoints.from_function(model.source.partition(":")[2], len(data.labels), seed)
+            target = model.source.partition(":")[2]
+            module, config = checkpoints.from_function(target, task, len(data.labels), seed)
             config["source_sha256"] = content  # another network may have the same tensors
         elif model.source.startswith("modelopt:"):
-            module, config = checkpoints.from_modelopt(locate(model.source))
+            module, config = checkpoints.from_modelopt(locate(model.source), task)
         else:
-            module, config = checkpoints.from_pretrained(_weights(model, content), len(data.labels), seed)
-        settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
-        if task == "text-classification":
-            settings["max_length"] = data.max_length
-            _tokenizer(_weights(model, content), folder / "preprocessor")
-        elif data.image is not None:
-            settings |= {"shape": list(data.image.shape), "scale": data.image.scale}
-        (folder / "preprocessor").mkdir(exist_ok=True)
-        (folder / "preprocessor" / "settings.json").write_text(json.dumps(settings, sort_keys=True))
+            weights = _weights(model, content)
+            module, config = checkpoints.from_pretrained(weights, task, len(data.labels), seed)
+        settings = _preprocessor(model, data, task, content, folder / "preprocessor")
         _fits(module, task, folder / "preprocessor", settings)
         facts = {"source": model.source, "content": content, "parameters": checkpoints.parameters(module)}
         facts |= checkpoints.compression(module)
         return checkpoints.save(module, config, folder, task, facts)
+
+
+def _preprocessor(model: Model, data: Data, task: str, content: str, folder: Path) -> dict[str, Any]:
+    """Write what turns a value into inputs, tokenizer and `settings.json`; returns the settings."""
+    settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
+    folder.mkdir()
+    if column(task) == "text":
+        settings["max_length"] = data.max_length
+        _tokenizer(locate(model.tokenizer) if model.tokenizer else _weights(model, content), folder)
+    else:
+        assert data.image is not None
+        settings |= data.image.model_dump(mode="json", exclude={"column"}, exclude_defaults=True)
+        settings["scale"] = data.image.scale
+    (folder / "settings.json").write_text(json.dumps(settings, sort_keys=True))
+    return settings
 
 
 def column(task: str) -> str:
@@ -175,21 +184,18 @@ def _fits(module: nn.Module, task: str, preprocessor: Path, settings: dict[str, 
     import torch
 
     kind = types.load(task)
-    value = "text" if kind.COLUMN == "text" else np.zeros(settings["shape"])
-    example = kind.collate(kind.encode(preprocessor, [value]))
+    example = kind.collate(kind.encode(preprocessor, [kind.example(settings)]))
     try:
         with torch.no_grad():
-            logits = module(**{name: torch.from_numpy(array) for name, array in example.items()}).logits
-    except (RuntimeError, IndexError, TypeError) as error:
+            inputs = {name: torch.from_numpy(array) for name, array in example.items()}
+            shape = tuple(kind.forward(module.eval(), inputs).shape)
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
         shapes = {name: array.shape for name, array in example.items()}
         raise InputError(
             f"model.source: the network cannot take this recipe's inputs {shapes}: {error}"
         ) from error
-    if logits.shape != (1, len(settings["labels"])):
-        raise InputError(
-            f"model.source: the network gives {tuple(logits.shape)}, "
-            f"data.labels asks for (1, {len(settings['labels'])})"
-        )
+    if problem := kind.wrong(shape, settings):
+        raise InputError(f"model.source: {problem}")
 
 
 def _weights(model: Model, content: str) -> Path:
@@ -223,14 +229,18 @@ def _read(data: Data, content: str, labelled: bool = True) -> tuple[pyarrow.Tabl
             data.source.removeprefix("hub:"), revision=content, data_files=list(data.files) or None
         )
         tables = {name: part.data.table for name, part in parts.items()}
+    elif data.format == "imagefolder":
+        tables = _folder_of_images(data)
     else:
         with store.staging() as scratch:
             found = _files(data, scratch)
-            tables = {file.name.split(".")[0]: _parse(file, data, scratch) for file in found}
+            tables = {
+                file.name.split(".")[0]: _beside(_parse(file, data, scratch), data, file) for file in found
+            }
     lengths = {name: len(table) for name, table in tables.items()}
     if not sum(lengths.values()):
         raise InputError(f"data.source {data.source}: the data is empty")
-    if data.image is None:  # only what is used, so that files may differ in the rest
+    if data.image is None or data.image.column:  # only what is used, so that files may differ in the rest
         tables = {name: _used(part, data, name, labelled) for name, part in tables.items()}
     try:
         table = pyarrow.concat_tables(tables.values(), promote_options="permissive")
@@ -239,6 +249,34 @@ def _read(data: Data, content: str, labelled: bool = True) -> tuple[pyarrow.Tabl
             f"data.files: the files of {data.source} disagree on a column's type: {error}"
         ) from error
     return table, [name for name, length in lengths.items() for _ in range(length)]
+
+
+def _beside(table: pyarrow.Table, data: Data, file: Path) -> pyarrow.Table:
+    """Paths of images are relative to the file that lists them."""
+    import pyarrow
+
+    name = data.image.column if data.image else None
+    if name not in table.column_names:
+        return table
+    if table.schema.field(name).type not in (pyarrow.string(), pyarrow.large_string()):
+        return table
+    places = [None if path is None else str(file.parent / path) for path in table[name].to_pylist()]
+    return table.set_column(table.column_names.index(name), name, pyarrow.array(places))
+
+
+def _folder_of_images(data: Data) -> dict[str, pyarrow.Table]:
+    """Every image below the source as one table: `image` (its path), and its folder's name as `label`."""
+    import pyarrow
+
+    place = locate(data.source)
+    if not place.is_dir():
+        raise InputError(f"data.source: {data.source} is no folder, which data.format: imagefolder reads")
+    patterns = data.files or ("**/*",)
+    found = sorted({f for p in patterns for f in place.glob(p) if f.suffix.lower() in PICTURES})
+    if not found:
+        raise InputError(f"data.source: no image ({', '.join(PICTURES)}) below {place}")
+    columns_ = {"image": [str(file) for file in found], "label": [file.parent.name for file in found]}
+    return {place.name: pyarrow.table(columns_)}
 
 
 def _files(data: Data, scratch: Path) -> list[Path]:
@@ -296,90 +334,16 @@ def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
 
 
 def _used(table: pyarrow.Table, data: Data, file: str, labelled: bool) -> pyarrow.Table:
-    """The text and, with labels, the label and kept columns alone."""
+    """The input and, with labels, the label and kept columns alone."""
     label = data.label.column if isinstance(data.label, Label) else data.label
-    wanted = [("data.text", data.text)]
+    wanted = [("data.image.column", data.image.column) if data.image else ("data.text", data.text)]
     if labelled:
-        wanted += [("data.label", label), *(("data.keep", k) for k in data.keep)]
+        wanted += [("data.label", label)] * bool(label) + [("data.keep", name) for name in data.keep]
     for key, name in wanted:
         if name not in table.column_names:
             has = ", ".join(map(str, table.column_names))
             raise InputError(f"{key}: {file} has no column {name!r}; it has {has}")
     return table.select(list(dict.fromkeys(name for _, name in wanted)))
-
-
-def _column(table: pyarrow.Table, name: str, key: str) -> list[Any]:
-    if name not in table.column_names:
-        raise InputError(f"{key}: no column {name!r}; there is {', '.join(map(str, table.column_names))}")
-    return list(table[name].to_pylist())
-
-
-def _values(table: pyarrow.Table, data: Data, task: str) -> list[Any]:
-    return _texts(table, data) if column(task) == "text" else list(_images(table, data))
-
-
-def _texts(table: pyarrow.Table, data: Data) -> list[str]:
-    assert data.text is not None
-    texts = _column(table, data.text, "data.text")
-    bad = [k for k, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-    if bad:
-        raise InputError(
-            f"data.text: {len(bad)} of {len(texts)} rows have no text in column {data.text!r} "
-            f"(first at row {bad[0] + 1}: {texts[bad[0]]!r}); remove or fill them"
-        )
-    return texts
-
-
-def _images(table: pyarrow.Table, data: Data) -> list[list[float]]:
-    assert data.image is not None
-    size = math.prod(data.image.shape)
-    if len(table.column_names) < size:
-        raise InputError(
-            f"data.image.shape {data.image.shape} needs {size} columns, there are {len(table.column_names)}"
-        )
-    label = data.label.column if isinstance(data.label, Label) else data.label
-    if label in table.column_names[:size]:
-        raise InputError(
-            f"data.image: the label column {label!r} is among the first {size} columns, the pixels"
-        )
-    try:
-        pixels = np.stack([np.asarray(table[k].to_numpy(), dtype=np.float64) for k in range(size)], axis=1)
-    except ValueError as error:
-        raise InputError(f"data.image: the first {size} columns are not all numbers: {error}") from error
-    bad = np.flatnonzero(~np.isfinite(pixels).all(axis=1))
-    if len(bad):
-        raise InputError(f"data.image: {len(bad)} images hold NaN or infinity (first at row {bad[0] + 1})")
-    images: list[list[float]] = pixels.tolist()
-    return images
-
-
-def _labels(table: pyarrow.Table, data: Data) -> tuple[dict[int, int], list[int]]:
-    """Class index by row, and the rows that have one."""
-    if isinstance(data.label, Label):
-        return _labels_from_numbers(table, data, data.label)
-    index = {name: k for k, name in enumerate(data.labels)}
-    values = _column(table, data.label, "data.label")
-    for row, value in enumerate(values):
-        if str(value) not in index:
-            raise InputError(
-                f"data.label: unknown label {value!r} in column {data.label!r}, row {row + 1}; "
-                f"data.labels has {', '.join(data.labels)}"
-            )
-    return {row: index[str(value)] for row, value in enumerate(values)}, list(range(len(values)))
-
-
-def _labels_from_numbers(table: pyarrow.Table, data: Data, rule: Label) -> tuple[dict[int, int], list[int]]:
-    if len(data.labels) != 2:
-        raise InputError(f"data.label.cut makes two classes, data.labels has {len(data.labels)}")
-    numbers = _column(table, rule.column, "data.label.column")
-    bad = [k for k, x in enumerate(numbers) if not isinstance(x, (int, float)) or not math.isfinite(x)]
-    if bad:
-        raise InputError(
-            f"data.label: {len(bad)} rows have no finite number in column {rule.column!r} "
-            f"(first at row {bad[0] + 1}: {numbers[bad[0]]!r})"
-        )
-    kept = [k for k, x in enumerate(numbers) if abs(x - rule.cut) > rule.margin]
-    return {k: int(numbers[k] > rule.cut) for k in kept}, kept
 
 
 def _first_of_each(values: Sequence[Any], kept: Sequence[int]) -> list[int]:

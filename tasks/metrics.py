@@ -40,8 +40,9 @@ def metric(name: str) -> Metric:
     """The metric of this name; an unknown one is an InputError that names the nearest."""
     if name.startswith("python:"):
         return _python(name)
-    if found := re.fullmatch(r"recall@([1-9]\d*)", name):
-        return _mean(name, partial(_retrieved, k=int(found[1])), takes="vector")
+    if found := re.fullmatch(r"(recall|neighbours)@([1-9]\d*)", name):
+        function = _retrieved if found[1] == "recall" else _neighbours
+        return _mean(name, partial(function, k=int(found[2])), takes="vector")
     return OWN[name] if name in OWN else _sklearn(name)
 
 
@@ -77,6 +78,20 @@ def _retrieved(predictions: Any, references: Any, k: int) -> Any:
     """Whether query i finds document i among the k nearest; a tie counts against it."""
     similar = _unit(predictions) @ _unit(references).T
     return (similar >= np.diag(similar)[:, None]).sum(axis=1) <= k
+
+
+def _neighbours(predictions: Any, references: Any, k: int) -> Any:
+    """Which share of the k rows nearest to row i by the references is nearest by the predictions, too."""
+    found = [_nearest(vectors, k) for vectors in (predictions, references)]
+    return np.array([len(set(ours) & set(theirs)) / len(theirs) for ours, theirs in zip(*found, strict=True)])
+
+
+def _nearest(vectors: Any, k: int) -> Any:
+    """The rows of largest cosine to each row, itself left out: shape (rows, k)."""
+    similar = _unit(vectors) @ _unit(vectors).T
+    np.fill_diagonal(similar, -np.inf)
+    k = min(k, len(similar) - 1)
+    return np.argpartition(-similar, k - 1, axis=1)[:, :k]
 
 
 def _macro_f1(predictions: Any, references: Any) -> float:
@@ -176,7 +191,7 @@ REGRESSION = ("r2", "explained_variance", "d2_absolute_error_score")
 def _unknown(name: str) -> str:
     from sklearn import metrics
 
-    known = [*OWN, "recall@1", "recall@5", "recall@10", *metrics.get_scorer_names()]
+    known = [*OWN, "recall@1", "recall@5", "recall@10", "neighbours@10", *metrics.get_scorer_names()]
     known += [other for other in dir(metrics) if other.endswith(("_score", "_error", "_loss", "_corrcoef"))]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f" Nearest: {', '.join(near)}." if near else ""

@@ -31,20 +31,24 @@ class Predictor:
         self.session = open_engine(runtime, plan, weights if weights.is_dir() else None)
 
     def predict(self, values: Sequence[Any]) -> list[dict[str, Any]]:
-        """One `{"label", "score"}` per value; a bad one is named by its place."""
+        """What the task type answers (`{"label", "score"}`) per value; a bad one is named by its place."""
         for place, value in enumerate(values):
             try:
-                self.kind.check(value)
+                self.kind.check(value, self.settings)
             except InputError as error:
                 raise InputError(f"input {place}: {error}") from None
-        return types.decode(self.logits(values), self.settings["labels"])
-
-    def logits(self, values: Sequence[Any]) -> np.ndarray:
-        """What the engine gives for values that were checked, of shape (values, classes)."""
         encoded = self.kind.encode(self.preprocessor, values)
         largest = int(self.about["max_batch"])
-        found = []
+        found: list[dict[str, Any]] = []
         for start in range(0, len(encoded), largest):
-            (logits,) = self.session.run(self.kind.collate(encoded[start : start + largest])).values()
-            found.append(np.asarray(logits))
-        return np.concatenate(found)
+            found += self.kind.answer(self.preprocessor, encoded[start : start + largest], self.run)
+        return found
+
+    def run(self, examples: Sequence[types.Example]) -> np.ndarray:
+        """The engine's output for one batch of examples."""
+        (output,) = self.session.run(self.kind.collate(examples)).values()
+        return np.asarray(output)
+
+    def output(self, values: Sequence[Any]) -> np.ndarray:
+        """The engine's output for at most one batch of values that were checked."""
+        return self.run(self.kind.encode(self.preprocessor, values))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tasks import store
+from tasks import store, types
 from tasks.artifacts import Blob, Engine, Plan, Proved
 from tasks.errors import InputError
 from tasks.manifest import Attempt, versions
@@ -120,29 +120,44 @@ def log_model(attempt: Attempt, scratch: Path, address: str | None) -> str:
             shutil.copy(source / name, place)
     pack(attempt.engines["candidate"], attempt.recipe.build.max_batch, scratch / "engine", address)
     installed = versions(SERVING_LIBRARIES)
+    settings = types.settings(scratch / "engine" / "preprocessor")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for an example; the signature says what goes in
+        warnings.simplefilter("ignore")
         info = mlflow.pyfunc.log_model(
             name="engine",
             python_model=str(code / "serving.py"),
             artifacts={"engine": str(scratch / "engine")},
             code_paths=[str(code)],
-            signature=_signature(attempt),
+            signature=signature(settings),
+            input_example=example(settings),
+            metadata={"preprocessing": settings},
             pip_requirements=[f"{name}=={number}" for name, number in installed.items()],
         )
     return str(info.model_uri)
 
 
-def _signature(attempt: Attempt) -> Any:
+def signature(settings: dict[str, Any]) -> Any:
+    """What goes in (texts, or images of one shape) and what comes out, by the task type."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import Array
 
-    outputs = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
-    if attempt.recipe.data.image is None:
+    kind = types.load(settings["type"])
+    known = {"doubles": Array(DataType.double)}
+    outputs = Schema([ColSpec(known.get(of) or DataType[of], name) for name, of in kind.ANSWER.items()])
+    value = kind.example(settings)
+    if isinstance(value, str):
         return ModelSignature(Schema([ColSpec(DataType.string)]), outputs)
-    shape = (-1, *attempt.recipe.data.image.shape)
-    return ModelSignature(Schema([TensorSpec(np.dtype(np.float32), shape)]), outputs)
+    return ModelSignature(Schema([TensorSpec(value.dtype, (-1, *np.shape(value)))]), outputs)
+
+
+def example(settings: dict[str, Any]) -> Any:
+    """One input as a user gives it."""
+    import numpy as np
+
+    value = types.load(settings["type"]).example(settings)
+    return [value] if isinstance(value, str) else np.stack([value])
 
 
 def pack(engine: Engine, max_batch: int, folder: Path, address: str | None = None) -> None:

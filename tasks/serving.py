@@ -1,4 +1,4 @@
-"""The MLflow model behind `models:/NAME@champion`: texts or images in, labels and scores out.
+"""The MLflow model behind `models:/NAME@champion`: texts or images in, what the task type answers out.
 
 MLflow runs this file when it loads a version (models from code): no pickle, no torch, no ModelOpt.
 """
@@ -13,10 +13,18 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 
 from tasks.errors import InputError
 from tasks.predictor import Predictor
+
+
+class BadInput(InputError, mlflow.MlflowException):
+    """What cannot be predicted; MLflow's server answers it with status 400 and these words."""
+
+    def __init__(self, message: str) -> None:
+        mlflow.MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class EngineModel(PythonModel):
@@ -30,8 +38,11 @@ class EngineModel(PythonModel):
 
     # MLflow warns without a hint, and takes any but an array's for a schema of its own.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> list[dict[str, Any]]:
-        """One `{"label", "score"}` per input; a bad input is named by its place."""
-        return self.predictor.predict(_values(model_input))
+        """One dictionary per input (`{"label", "score"}`); a bad input is named by its place."""
+        try:
+            return self.predictor.predict(_values(model_input))
+        except InputError as error:
+            raise BadInput(str(error)) from None
 
 
 def _plan(folder: Path, address: str | None) -> Path:
@@ -51,13 +62,13 @@ def _values(model_input: Any) -> Sequence[Any]:
     """The values in a list, an array, or a table's only column."""
     if hasattr(model_input, "columns"):
         if len(model_input.columns) != 1:
-            raise InputError(f"expected one column, got {', '.join(map(str, model_input.columns))}")
+            raise BadInput(f"expected one column, got {', '.join(map(str, model_input.columns))}")
         model_input = model_input.iloc[:, 0].tolist()
     if isinstance(model_input, str):
         model_input = [model_input]
     values = list(model_input)
     if not values:
-        raise InputError("there is nothing to predict: the input is empty")
+        raise BadInput("there is nothing to predict: the input is empty")
     return values
 
 

@@ -20,4 +20,5 @@ def strip(checkpoint: Checkpoint) -> Checkpoint:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
         kept = ("source", "content", "parameters")
         facts = {name: checkpoint.facts[name] for name in kept if name in checkpoint.facts}
-        return checkpoints.save(checkpoints.plain(model, config), config, folder, checkpoint.type, facts)
+        dense = checkpoints.plain(model, config, checkpoint.type)
+        return checkpoints.save(dense, config, folder, checkpoint.type, facts)

@@ -114,3 +114,50 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def embedding_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for sentence embeddings of a tiny BERT, as it is, in INT8."""
+    folder = tmp_path_factory.mktemp("embedding")
+    recipe = {
+        "task": "sentence-embedding",
+        "model": {"name": "tiny-embedding", "source": f"path:{bert_folder(folder / 'model')}"},
+        "data": {
+            "source": f"path:{sentences(folder / 'rows.jsonl')}",
+            "text": "text",
+            "split": {"train": 64, "test": 200, "calibration": 32},
+            "max_length": 16,
+        },
+        "quantize": {"format": "int8"},
+        "benchmark": {"batch_sizes": [1], "rounds": 6},
+        "gate": {"metric": "cosine", "max_drop": 0.1},
+    }
+    (folder / "tiny-embedding.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "tiny-embedding.yaml"
+
+
+@pytest.fixture(scope="session")
+def lm_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for a small language model over bytes, a few dozen steps, in INT8."""
+    folder = tmp_path_factory.mktemp("lm")
+    recipe = {
+        "task": "causal-lm",
+        "model": {
+            "name": "tiny-lm",
+            "source": "python:recipes.tiny_llama:build",
+            "tokenizer": f"path:{ROOT / 'recipes' / 'bytes_tokenizer'}",
+        },
+        "data": {
+            "source": f"path:{sentences(folder / 'rows.jsonl')}",
+            "text": "text",
+            "split": {"train": 320, "test": 100, "calibration": 32},
+            "max_length": 24,
+        },
+        "finetune": {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3},
+        "quantize": {"format": "int8", "exclude": ["lm_head"]},
+        "benchmark": {"batch_sizes": [1], "rounds": 6},
+        "gate": {"metric": "perplexity", "min_ratio": 0.9, "on_coarse": "warn"},
+    }
+    (folder / "tiny-lm.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "tiny-lm.yaml"

@@ -1,62 +1,7 @@
-"""Text in, one of several labels out; tokenized by the `tokenizers` library from `tokenizer.json`."""
+"""Text in, one of several labels out."""
 
-from __future__ import annotations
+from tasks.types.classes import *  # noqa: F403
+from tasks.types.texts import *  # noqa: F403
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from tasks import types
-from tasks.errors import InputError
-from tasks.types import Example
-
-COLUMN = "text"
-INPUTS = {
-    "input_ids": {0: "batch", 1: "length"},
-    "attention_mask": {0: "batch", 1: "length"},
-}
-
-
-def check(value: Any) -> None:
-    """Raise InputError unless `value` is text with something in it."""
-    if not isinstance(value, str):
-        raise InputError(f"expected text, got {type(value).__name__} ({value!r:.80})")
-    if not value.strip():
-        raise InputError("the text is empty")
-
-
-def encode(folder: Path, values: Sequence[Any]) -> list[Example]:
-    """Token ids and mask per text, int64 of shape (length,); cut at the recipe's `max_length`."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(types.settings(folder)["max_length"])
-    return [
-        {
-            "input_ids": np.asarray(item.ids, dtype=np.int64),
-            "attention_mask": np.asarray(item.attention_mask, dtype=np.int64),
-        }
-        for item in tokenizer.encode_batch(list(values))
-    ]
-
-
-def collate(examples: Sequence[Example]) -> Example:
-    """Pad to the longest with zeros (masked), to shape (batch, length)."""
-    length = max(len(example["input_ids"]) for example in examples)
-    return {
-        name: np.stack([np.pad(example[name], (0, length - len(example[name]))) for example in examples])
-        for name in INPUTS
-    }
-
-
-def size(example: Example) -> float:
-    """How many tokens the text has, after the cut."""
-    return float(example["input_ids"].size)
-
-
-def smoke(folder: Path) -> list[str]:
-    """Two texts of different lengths."""
-    return ["a smoke request", "the second request is a longer one, so that the shorter is padded"]
+AUTO = "AutoModelForSequenceClassification"
+ANSWER = {"label": "string", "score": "double", "truncated": "boolean"}

@@ -70,7 +70,7 @@ def test_a_mistake_in_the_recipe_is_told_with_the_way_out() -> None:
         ("data.label=class", "no column 'class'"),
         ('data.labels=["0", "1"]', "unknown label"),
         ("gate.metric=acuracy", "accuracy"),
-        ("gate.metric=perplexity", "a classifier gives label and probability"),
+        ("gate.metric=perplexity", "image-classification gives label and probability"),
         ("gate.metric=precision", "cannot judge 10 classes"),
         ("gate.max_drop=2", "2 points are 0.02"),
         ("gate.max_forgetting=2", "2 points are 0.02"),

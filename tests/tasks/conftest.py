@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from recipes import load as recipe
-from recipes.schema import Data, Model
+from recipes.data import Data
+from recipes.schema import Model
 from tasks import load
 from tasks.artifacts import Checkpoint, Dataset
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from recipes.schema import Data
+from recipes.data import Data
 from tasks import load
 from tasks.artifacts import Dataset
 from tasks.errors import InputError

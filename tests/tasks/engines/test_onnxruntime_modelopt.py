@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from tasks import types
 from tasks.engines import onnxruntime as engine
 from tests.tasks.engines.onnx_graphs import sentences
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 LAYERS = 2
-AXES = {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask")}
 
 
 def bert(seed: int) -> nn.Module:
@@ -48,7 +48,7 @@ def export(seed: int, folder: Path) -> Path:
     from tasks.export import _fold, _trace
 
     folder.mkdir()
-    graph = _trace(bert(seed), sentences()[0], AXES, 20)
+    graph = _trace(bert(seed), sentences()[0], types.load("text-classification"), 20)
     _fold(graph)
     onnx.save(graph, folder / "model.onnx")
     return folder

@@ -1,0 +1,135 @@
+"""From a table's columns to values and class indices, every bad row named with its number."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recipes.data import Data, Image, Label
+from tasks import types
+from tasks.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BILINEAR = 2  # Pillow's number for it
+
+
+def column(table: pyarrow.Table, name: str, key: str) -> list[Any]:
+    """The values of a column; `key` is the recipe's that names it."""
+    if name not in table.column_names:
+        raise InputError(f"{key}: no column {name!r}; there is {', '.join(map(str, table.column_names))}")
+    return list(table[name].to_pylist())
+
+
+def values(table: pyarrow.Table, data: Data, task: str) -> list[Any]:
+    """The inputs: texts, or images as flat lists of pixels."""
+    if types.load(task).COLUMN == "text":
+        return _texts(table, data)
+    assert data.image is not None
+    return _pixels(table, data) if data.image.column is None else _pictures(table, data.image)
+
+
+def _texts(table: pyarrow.Table, data: Data) -> list[str]:
+    assert data.text is not None
+    texts = column(table, data.text, "data.text")
+    bad = [k for k, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+    if bad:
+        raise InputError(
+            f"data.text: {len(bad)} of {len(texts)} rows have no text in column {data.text!r} "
+            f"(first at row {bad[0] + 1}: {texts[bad[0]]!r}); remove or fill them"
+        )
+    return texts
+
+
+def _pixels(table: pyarrow.Table, data: Data) -> list[list[float]]:
+    assert data.image is not None
+    size = math.prod(data.image.shape)
+    if len(table.column_names) < size:
+        raise InputError(
+            f"data.image.shape {data.image.shape} needs {size} columns, there are {len(table.column_names)}"
+        )
+    label = data.label.column if isinstance(data.label, Label) else data.label
+    if label in table.column_names[:size]:
+        raise InputError(
+            f"data.image: the label column {label!r} is among the first {size} columns, the pixels"
+        )
+    try:
+        pixels = np.stack([np.asarray(table[k].to_numpy(), dtype=np.float64) for k in range(size)], axis=1)
+    except ValueError as error:
+        raise InputError(f"data.image: the first {size} columns are not all numbers: {error}") from error
+    bad = np.flatnonzero(~np.isfinite(pixels).all(axis=1))
+    if len(bad):
+        raise InputError(f"data.image: {len(bad)} images hold NaN or infinity (first at row {bad[0] + 1})")
+    images: list[list[float]] = pixels.tolist()
+    return images
+
+
+def _pictures(table: pyarrow.Table, image: Image) -> list[list[float]]:
+    """Images of one column, decoded and resized, as flat lists of pixels."""
+    assert image.column is not None
+    found: list[list[float]] = []
+    for row, value in enumerate(column(table, image.column, "data.image.column")):
+        try:
+            found.append(picture(value, image).ravel().tolist())
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(
+                f"data.image: row {row + 1} of column {image.column!r} is not an image: {error}"
+            ) from error
+    return found
+
+
+def picture(value: Any, image: Image) -> np.ndarray:
+    """One image as (channels, height, width): from a file's path or bytes (resized), or from an array.
+
+    Raises OSError, TypeError or ValueError for what is no image.
+    """
+    content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    channels, height, width = image.shape
+    if not isinstance(content, (str, bytes)):
+        array = np.asarray(content, dtype=np.float64)
+        if array.size != math.prod(image.shape) or not np.isfinite(array).all():
+            raise ValueError(f"shape {array.shape}, not {image.shape}, or not finite")
+        return array.reshape(image.shape)
+    import PIL.Image
+
+    if channels not in (1, 3):
+        raise ValueError(f"a file gives 1 or 3 channels, data.image.shape asks for {channels}")
+    with PIL.Image.open(Path(content) if isinstance(content, str) else io.BytesIO(content)) as opened:
+        resized = opened.convert("L" if channels == 1 else "RGB").resize((width, height), BILINEAR)
+    return np.asarray(resized, dtype=np.float64).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def labels(table: pyarrow.Table, data: Data) -> tuple[dict[int, int], list[int]]:
+    """Class index by row, and the rows that have one; without labels every row counts."""
+    if data.label is None:
+        return {}, list(range(len(table)))
+    if isinstance(data.label, Label):
+        return _labels_from_numbers(table, data, data.label)
+    index = {name: k for k, name in enumerate(data.labels)}
+    found = column(table, data.label, "data.label")
+    for row, value in enumerate(found):
+        if str(value) not in index:
+            raise InputError(
+                f"data.label: unknown label {value!r} in column {data.label!r}, row {row + 1}; "
+                f"data.labels has {', '.join(data.labels)}"
+            )
+    return {row: index[str(value)] for row, value in enumerate(found)}, list(range(len(found)))
+
+
+def _labels_from_numbers(table: pyarrow.Table, data: Data, rule: Label) -> tuple[dict[int, int], list[int]]:
+    if len(data.labels) != 2:
+        raise InputError(f"data.label.cut makes two classes, data.labels has {len(data.labels)}")
+    numbers = column(table, rule.column, "data.label.column")
+    bad = [k for k, x in enumerate(numbers) if not isinstance(x, (int, float)) or not math.isfinite(x)]
+    if bad:
+        raise InputError(
+            f"data.label: {len(bad)} rows have no finite number in column {rule.column!r} "
+            f"(first at row {bad[0] + 1}: {numbers[bad[0]]!r})"
+        )
+    kept = [k for k, x in enumerate(numbers) if abs(x - rule.cut) > rule.margin]
+    return {k: int(numbers[k] > rule.cut) for k in kept}, kept
