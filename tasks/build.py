@@ -9,9 +9,9 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from recipes.schema import Build, Profile, Runtime, TensorRT
+from recipes.schema import Build, Precision, Profile, Runtime, TensorRT
 from tasks import batches, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module
@@ -37,9 +37,9 @@ def machine(runtime: Runtime) -> str:
     return f"{platform.node()}, {len(os.sched_getaffinity(0))} cores, {host(runtime)}"
 
 
-def precision(runtime: Runtime) -> Literal["fp32", "fp16"]:
-    """What stays unquantized is FP16 for TensorRT; ONNX Runtime's CPU kernels are FP32."""
-    return "fp32" if runtime == "onnxruntime" else "fp16"
+def precision(runtime: Runtime, asked: Precision | None = None) -> Precision:
+    """What stays unquantized: as asked, else FP16 for TensorRT, FP32 for ONNX Runtime's CPU kernels."""
+    return asked or ("fp32" if runtime == "onnxruntime" else "fp16")
 
 
 @stage(

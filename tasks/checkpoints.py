@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import store
+from tasks import layers, store
 from tasks.artifacts import Checkpoint, Facts
 from tasks.errors import InputError
 
@@ -94,9 +94,21 @@ def compression(model: nn.Module) -> Facts:
     names, pruned = quantizers(model), sparsity(model)
     facts: Facts = {"sparsity": pruned} if pruned else {}
     if names:
-        bits = {str(model.get_submodule(name).num_bits) for name in names}
-        facts |= {"quantizers": counted(names), "format": "fp8" if "(4, 3)" in bits else "int8"}
+        facts |= {"quantizers": counted(names), "format": _format(model, names)}
     return facts
+
+
+def _format(model: nn.Module, names: Sequence[str]) -> str:
+    """The recipe's word for what these quantizers do."""
+    kinds = {
+        str(getattr(part, "num_bits", None)) for name in names for part in model.get_submodule(name).modules()
+    }
+    inputs = any(not name.endswith("weight_quantizer") for name in names)
+    if "4" in kinds:
+        return "w4a8" if "(4, 3)" in kinds else "int4"
+    if "(4, 3)" in kinds:
+        return "fp8"
+    return "int8" if inputs else "int8-weight-only"
 
 
 def counted(names: Sequence[str]) -> Facts:
@@ -266,4 +278,4 @@ def _classifier(target: str, labels: int) -> nn.Module:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"model.source: python:{target} cannot be imported: {error}") from error
-    return Classifier(function(labels))
+    return Classifier(layers.plain(function(labels)))
