@@ -116,7 +116,8 @@ def measurable(champion: registry.Champion, attempt: Attempt) -> tuple[Engine | 
     try:
         checkpoint = lineage.checkpoint(champion.version)
         runtime = attempt.recipe.build.runtime
-        model = export(checkpoint, attempt.dataset, attempt.recipe.export, precision(runtime))
+        section = attempt.recipe.export
+        model = export(checkpoint, attempt.dataset, section, precision(runtime, section.precision))
         settings = attempt.recipe.build.model_copy(update={"also": ()})
         return build(model, checkpoint, attempt.dataset, settings, runtime, host(runtime)), None
     except Exception as error:

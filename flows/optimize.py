@@ -89,11 +89,12 @@ def engines_of(
     onnx: dict[str, OnnxModel] = {}
     engines: dict[str, Engine] = {}
     for name, checkpoint in checkpoints.items():
-        onnx[name] = export(checkpoint, data, recipe.export, precision(target))
+        numbers = precision(target, recipe.precision_of(name))
+        onnx[name] = export(checkpoint, data, recipe.export, numbers)
         engines[name] = build(onnx[name], checkpoint, data, settings, target, host(target))
     candidate = checkpoints["candidate"]
     for runtime in recipe.build.also:
-        model = export(candidate, data, recipe.export, precision(runtime))
+        model = export(candidate, data, recipe.export, precision(runtime, recipe.export.precision))
         engines[f"candidate-{runtime}"] = build(model, candidate, data, settings, runtime, host(runtime))
         onnx[f"candidate-{runtime}"] = model
     return onnx, engines

@@ -26,7 +26,7 @@ def judge_pending(model: str, version: str) -> Outcome:
     target = recipe.build.runtime
     settings = recipe.build.model_copy(update={"also": ()})
     onnx = {
-        "candidate": export(checkpoint, rows, recipe.export, precision(target)),
+        "candidate": export(checkpoint, rows, recipe.export, precision(target, recipe.export.precision)),
         "baseline": lineage.baseline(waiting)[0],
     }
     engines: dict[str, Engine] = {

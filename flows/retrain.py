@@ -105,7 +105,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
 
     # 3. Refit the champion's plan, if that is proved to be right; build otherwise.
     target = recipe.build.runtime
-    onnx = export(candidate, data, recipe.export, precision(target))
+    onnx = export(candidate, data, recipe.export, precision(target, recipe.export.precision))
     found_champion = registry.champion(recipe.model.name)
     tried = refitted(onnx, candidate, data, found_champion, rebuild, target)
     engine = tried.engine or build(onnx, candidate, data, _settings(recipe), target, host(target))

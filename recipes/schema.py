@@ -63,14 +63,68 @@ class Sparsify(Section):
     exclude: tuple[str, ...] = ()
 
 
-class Quantize(Section):
-    """Calibration with ModelOpt over `data.split.calibration` rows."""
+Format = Literal["int8", "fp8", "int8-weight-only", "int4", "w4a8", "nvfp4", "mxfp8"]
+ALGORITHMS: dict[str, tuple[str, ...]] = {
+    "int8": ("max", "entropy", "percentile", "smoothquant"),
+    "fp8": ("max",),
+    "int8-weight-only": ("max",),
+    "int4": ("max", "awq"),
+    "w4a8": ("max", "awq"),
+}
+OPSETS = {"fp8": 20, "int4": 21, "w4a8": 21}
+BLOCK: Literal[128] = 128
+PERCENTILE = 99.99
 
-    format: Literal["int8", "fp8"]
-    algorithm: Literal["max", "smoothquant"] = "max"
+
+class Quantize(Section):
+    """Calibration with ModelOpt over `data.split.calibration` rows; docs/formats.md says what each can do.
+
+    `block_size` is of INT4's scales, along K; `percentile` of activations that stay in range. `attention`
+    quantizes attention's own matrix products, too. `embeddings` of int4 and w4a8 are INT8.
+    """
+
+    format: Format
+    algorithm: Literal["max", "entropy", "percentile", "smoothquant", "awq"] = "max"
+    percentile: float = Field(PERCENTILE, gt=50, le=100)
+    block_size: Literal[16, 32, 64, 128, 256] = BLOCK
+    attention: bool = False
     embeddings: bool = False
     exclude: tuple[str, ...] = ()
     batch_size: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _legal(self) -> Quantize:
+        if self.format in ("nvfp4", "mxfp8"):
+            raise ValueError(
+                f"quantize.format: {self.format} needs an NVIDIA GPU to calibrate (there are no CPU kernels "
+                "for it), one of compute capability 10.0 or newer to run, and opset 23; there is no route to "
+                "an engine here yet: use fp8 (from compute capability 8.9) or int4"
+            )
+        legal = ALGORITHMS[self.format]
+        if self.algorithm not in legal:
+            raise ValueError(
+                f"quantize.algorithm: {self.algorithm} is not for {self.format}, whose algorithms are "
+                f"{', '.join(legal)}: {WHY_NOT[self.algorithm]}"
+            )
+        if self.percentile != PERCENTILE and self.algorithm != "percentile":
+            raise ValueError("quantize.percentile is for algorithm: percentile; leave it out")
+        if self.block_size != BLOCK and self.format not in ("int4", "w4a8"):
+            raise ValueError(f"quantize.block_size is for int4 and w4a8; with {self.format} leave it out")
+        if self.attention and self.format != "fp8":
+            raise ValueError(
+                f"quantize.attention is for fp8, not {self.format}: ModelOpt quantizes the softmax's side of "
+                "attention's products in FP8 alone; leave it out"
+            )
+        return self
+
+
+WHY_NOT = {
+    "max": "",
+    "entropy": "it searches ranges of INT8 activations; FP8's exponent and weights alone have no use for it",
+    "percentile": "it cuts ranges of INT8 activations; FP8's exponent and weights alone have no use for it",
+    "smoothquant": "it moves outliers of INT8 activations into the weights",
+    "awq": "it scales the channels that 4-bit weights would lose; 8 bits do not lose them",
+}
 
 
 class Drift(Section):
@@ -85,10 +139,26 @@ class Drift(Section):
     min_rows: int = Field(200, ge=20)
 
 
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
 class Export(Section):
-    """ONNX; 20 is the first opset with everything FP8 needs."""
+    """ONNX; 20 is the first opset with everything FP8 needs, 21 with INT4, 22 with BF16.
+
+    `precision` is of what is not quantized; without it FP16 for TensorRT, FP32 for ONNX Runtime.
+    """
 
     opset: int = Field(20, ge=17, le=23)
+    precision: Precision | None = None
+
+    @model_validator(mode="after")
+    def _opset_has_it(self) -> Export:
+        least = {"bf16": 22, "fp16": 19}.get(self.precision or "", 0)
+        if self.opset < least:
+            raise ValueError(
+                f"export.precision: {self.precision} needs export.opset {least} or newer, not {self.opset}"
+            )
+        return self
 
 
 Range = tuple[
@@ -246,8 +316,11 @@ class Recipe(Section):
             raise ValueError("a python: model starts from random weights; add a finetune section")
         if self.compressed_elsewhere:
             self._nothing_to_train()
-        elif self.quantize is None and self.sparsify is None:
-            raise ValueError("nothing is pruned or quantized; add a sparsify or quantize section")
+        elif not self.compresses and self.export.precision not in ("fp16", "bf16"):
+            raise ValueError(
+                "nothing is pruned or quantized; add a sparsify or quantize section, or set "
+                "export.precision: fp16"
+            )
         if not (self.gate.max_drop or self.gate.min_ratio or self.gate.floors):
             raise ValueError("gate: nothing holds the quality; set max_drop, min_ratio or floors")
         if max(self.benchmark.batch_sizes) > self.build.max_batch:
@@ -276,6 +349,27 @@ class Recipe(Section):
             raise ValueError("a python: model of texts has no tokenizer; say where one is: model.tokenizer")
 
     @model_validator(mode="after")
+    def _numbers_fit(self) -> Recipe:
+        least = OPSETS.get(self.quantize.format, 0) if self.quantize else 0
+        if self.quantize and self.export.opset < least:
+            raise ValueError(
+                f"quantize.format: {self.quantize.format} needs export.opset {least} or newer, not "
+                f"{self.export.opset}: ONNX has its numbers and their DequantizeLinear only from there"
+            )
+        if self.export.precision != "bf16":
+            return self
+        if "onnxruntime" in (self.build.runtime, *self.build.also):
+            raise ValueError(
+                "export.precision: bf16 has no kernels in ONNX Runtime's CPU provider; use fp16 or fp32, or "
+                "build.runtime: tensorrt"
+            )
+        if self.quantize or self.compressed_elsewhere:
+            raise ValueError(
+                "export.precision: bf16 is for what is not quantized: beside Q/DQ use fp16, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiles_fit(self) -> Recipe:
         profiles = self.build.tensorrt.profiles if self.build.tensorrt else ()
         if not (self.build.tensorrt and profiles):
@@ -292,6 +386,17 @@ class Recipe(Section):
                 + (f" at every length from 1 to data.max_length ({longest})" if text else "")
             )
         return self
+
+    @property
+    def compresses(self) -> bool:
+        """Whether this recipe prunes or quantizes; else only the numbers' precision changes."""
+        return self.quantize is not None or self.sparsify is not None
+
+    def precision_of(self, name: str) -> Precision | None:
+        """The numbers asked for; of a baseline FP32 where the numbers are all that differs."""
+        if name == "baseline":
+            return None if self.compresses or self.compressed_elsewhere else "fp32"
+        return self.export.precision
 
     @property
     def compressed_elsewhere(self) -> bool:

@@ -44,12 +44,14 @@ def samples(dataset: Dataset, preprocessor: Path, count: int = 4, size: int = 8)
     return list(itertools.islice(batches(dataset, "calibration", preprocessor, size), count))
 
 
-def forward_loop(dataset: Dataset, preprocessor: Path, size: int, name: str) -> Callable[[nn.Module], None]:
-    """A function that runs every calibration row through a network, with a progress bar."""
-    total = -(-dataset.rows["calibration"] // size)
+def forward_loop(
+    dataset: Dataset, preprocessor: Path, size: int, name: str, most: int | None = None
+) -> Callable[[nn.Module], None]:
+    """A function that runs calibration rows (every one, or `most`) through a network, with a progress bar."""
+    total = -(-(most or dataset.rows["calibration"]) // size)
 
     def loop(model: nn.Module) -> None:
-        data = batches(dataset, "calibration", preprocessor, size)
+        data = itertools.islice(batches(dataset, "calibration", preprocessor, size), total)
         device = next(model.parameters()).device
         for batch in tqdm(data, total=total, desc=name, unit="batch"):
             model(**{key: tensor.to(device) for key, tensor in tensors(batch).items()})

@@ -9,9 +9,9 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from recipes.schema import Build, Profile, Runtime, TensorRT
+from recipes.schema import Build, Precision, Profile, Runtime, TensorRT
 from tasks import batches, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module
@@ -38,12 +38,14 @@ def machine(runtime: Runtime) -> str:
     return f"{platform.node()}, {len(os.sched_getaffinity(0))} cores, {host(runtime)}"
 
 
-def precision(runtime: Runtime) -> Literal["fp32", "fp16"]:
-    """What stays unquantized is FP16 for TensorRT; ONNX Runtime's CPU kernels are FP32.
+def precision(runtime: Runtime, asked: Precision | None = None) -> Precision:
+    """What stays unquantized: as asked, else FP16 for TensorRT, FP32 for ONNX Runtime's CPU kernels.
 
     So is the graph for TensorRT 8.6, where FP16 is the builder's flag: a half graph has opset 19 or newer.
     """
-    return "fp32" if runtime == "onnxruntime" or _weakly_typed(runtime) else "fp16"
+    if _weakly_typed(runtime):
+        return "fp32"
+    return asked or ("fp32" if runtime == "onnxruntime" else "fp16")
 
 
 def _weakly_typed(runtime: Runtime) -> bool:

@@ -6,19 +6,23 @@ python -m flows optimize RECIPE     (stage `calibrate`)
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from recipes.schema import Quantize
-from tasks import batches, checkpoints, store
-from tasks.artifacts import Checkpoint, Dataset, Facts
+from tasks import batches, checkpoints, layers, store
+from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
 from tasks.stage import stage
 
 if TYPE_CHECKING:
     from torch import nn
 
-BITS: dict[str, Any] = {"int8": 8, "fp8": (4, 3)}
+    Loop = Callable[[nn.Module], None]
+
+FP8 = (4, 3)  # bits of exponent and mantissa
+ALGORITHMS: dict[str, Any] = {"smoothquant": "smoothquant", "awq": {"method": "awq_lite"}}
+BMM = ("q_bmm_quantizer", "k_bmm_quantizer", "p_bmm_quantizer", "v_bmm_quantizer")
 
 
 @stage(
@@ -26,27 +30,20 @@ BITS: dict[str, Any] = {"int8": 8, "fp8": (4, 3)}
 )
 def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Checkpoint:
     """Quantize every linear layer, convolution and (where asked) embedding that is not excluded."""
-    import torch
-
-    with checkpoints.quiet():
-        import modelopt.torch.quantization as mtq
-
     model, config = checkpoints.restore(checkpoint)
     model.to(checkpoints.device())
-    looked_at = _quantizable(model)
+    looked_at = layers.quantizable(model)
     pruned = checkpoints.sparsity(model)
+    left_out = reasons(section, looked_at)
+    _check(section, looked_at, left_out)
     loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "calibrate")
-    with torch.no_grad(), checkpoints.quiet():
-        model = mtq.quantize(model, quant_config(section, looked_at), loop)
-    counts = _counts(model, looked_at)
-    if not counts["enabled"]:
-        raise InputError(
-            f"quantize: nothing was quantized (exclude: {', '.join(section.exclude) or 'nothing'}). "
-            f"Looked at: {', '.join(looked_at) or 'no linear layer or convolution'}"
-        )
+    model = quantized(model, section, loop)
+    names = checkpoints.quantizers(model)
+    _nothing_slipped_by(model, names, set(looked_at) - set(left_out), section)
     assert checkpoints.sparsity(model) == pruned
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
+        counts = checkpoints.counted(names) | {"left_out": left_out}
         facts = {**checkpoint.facts, "quantizers": counts, "format": section.format}
         facts.pop("curve", None)
         return checkpoints.save(model, config, folder, dataset.type, facts)
@@ -56,7 +53,7 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
     uses=("torch", "nvidia-modelopt", "transformers"), name="recalibrate", gpu=True, timeout_seconds=3 * 3600
 )
 def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Checkpoint:
-    """The same quantizers with the ranges of these rows and weights; SmoothQuant's shifts stay."""
+    """The same quantizers with the ranges of these rows and weights; SmoothQuant's and AWQ's shifts stay."""
     import torch
 
     with checkpoints.quiet():
@@ -68,11 +65,28 @@ def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> 
     loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "recalibrate")
     with torch.no_grad(), checkpoints.quiet():
         model = mtq.calibrate(model, "max", loop)
+    if section.algorithm in ("entropy", "percentile"):
+        _ranges_from_histograms(model, section, loop)
     assert checkpoints.quantizers(model) == before
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
         facts = {name: value for name, value in checkpoint.facts.items() if name != "curve"}
         return checkpoints.save(model, config, folder, dataset.type, facts)
+
+
+def quantized(model: nn.Module, section: Quantize, loop: Loop) -> nn.Module:
+    """The network with quantizers whose ranges are settled by the rows of `loop`."""
+    import torch
+
+    with checkpoints.quiet():
+        import modelopt.torch.quantization as mtq
+
+    rules = quant_config(section, layers.quantizable(model))
+    with torch.no_grad(), checkpoints.quiet():
+        model = mtq.quantize(model, rules, loop)
+    if section.algorithm in ("entropy", "percentile"):
+        _ranges_from_histograms(model, section, loop)
+    return model
 
 
 def quant_config(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, Any]:
@@ -83,28 +97,125 @@ def quant_config(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, 
     """
     from torch import nn
 
-    weights = {"num_bits": BITS[section.format], "axis": 0 if section.format == "int8" else None}
-    inputs = {"num_bits": BITS[section.format], "axis": None}
-    left_out = checkpoints.excluded(modules, section.exclude, "quantize.exclude")
+    left_out = reasons(section, modules)
     rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    inputs = _inputs(section)
     for name, module in modules.items():
-        embedding = isinstance(module, nn.Embedding)
-        if name in left_out or (embedding and not section.embeddings):
+        if name in left_out:
             continue
-        rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weights})
-        if not embedding:
+        embedding = isinstance(module, nn.Embedding)
+        rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": _weights(section, embedding)})
+        if inputs and not embedding:
             rules.append({"quantizer_name": f"{name}.input_quantizer", "cfg": inputs})
-    return {"quant_cfg": rules, "algorithm": section.algorithm}
+    if section.attention:
+        rules += [{"quantizer_name": f"*{name}", "cfg": inputs} for name in BMM]
+    return {"quant_cfg": rules, "algorithm": ALGORITHMS.get(section.algorithm, "max")}
 
 
-def _quantizable(model: nn.Module) -> dict[str, nn.Module]:
+def reasons(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The layers that stay as they are, and why."""
     from torch import nn
 
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    excluded = checkpoints.excluded(modules, section.exclude, "quantize.exclude")
+    found: dict[str, str] = {}
+    for name, module in modules.items():
+        if name in excluded:
+            found[name] = "named by quantize.exclude"
+        elif isinstance(module, nn.Embedding):
+            if not section.embeddings:
+                found[name] = "an embedding, and quantize.embeddings is not set"
+        elif section.format in ("int4", "w4a8") and not isinstance(module, nn.Linear):
+            found[name] = f"{section.format} is for linear layers; no runtime has such convolutions"
+    return found
 
 
-def _counts(model: nn.Module, looked_at: Iterable[str]) -> Facts:
-    enabled = checkpoints.quantizers(model)
-    touched = {name.rpartition(".")[0] for name in enabled}
-    return checkpoints.counted(enabled) | {"left_out": sorted(set(looked_at) - touched)}
+def _weights(section: Quantize, embedding: bool) -> Any:
+    int8, fp8 = {"num_bits": 8, "axis": 0}, {"num_bits": FP8, "axis": None}
+    if section.format == "fp8":
+        return fp8
+    if embedding or section.format in ("int8", "int8-weight-only"):
+        return int8
+    int4 = {"num_bits": 4, "block_sizes": {-1: section.block_size}}
+    return [int4, fp8] if section.format == "w4a8" else int4
+
+
+def _inputs(section: Quantize) -> dict[str, Any] | None:
+    """One scale for each activation; None where only weights are quantized."""
+    bits: dict[str, Any] = {"int8": 8, "fp8": FP8, "w4a8": FP8}
+    return {"num_bits": bits[section.format], "axis": None} if section.format in bits else None
+
+
+def _check(section: Quantize, modules: dict[str, nn.Module], left_out: dict[str, str]) -> None:
+    """Raises InputError before anything costly for what cannot be quantized."""
+    from torch import nn
+
+    chosen = {name: module for name, module in modules.items() if name not in left_out}
+    if not chosen:
+        raise InputError(
+            f"quantize: nothing was quantized (exclude: {', '.join(section.exclude) or 'nothing'}). "
+            f"Looked at: {', '.join(modules) or 'no linear layer or convolution'}"
+        )
+    if own := [name for name, module in chosen.items() if layers.overrides(module)]:
+        raise InputError(
+            f"quantize: {', '.join(own)} have a forward of their own, which a quantizer cannot stand in for, "
+            "and it is not plain padding before the convolution; use torch's layers, or name them in "
+            "quantize.exclude to leave them as they are"
+        )
+    if section.format not in ("int4", "w4a8"):
+        return
+    size = section.block_size
+    linear = {n: m.in_features for n, m in chosen.items() if isinstance(m, nn.Linear)}
+    if odd := [f"{name} ({width})" for name, width in linear.items() if width % size]:
+        raise InputError(
+            f"quantize.block_size: {size} does not divide the inputs of {', '.join(odd)}; use a smaller one, "
+            "or name them in quantize.exclude"
+        )
+
+
+def _nothing_slipped_by(model: nn.Module, names: list[str], chosen: set[str], section: Quantize) -> None:
+    """ModelOpt leaves out without a word what it does not know, and what never runs keeps no range."""
+    if missed := sorted(chosen - {name.rpartition(".")[0] for name in names}):
+        raise InputError(
+            f"quantize: ModelOpt cannot quantize {', '.join(missed)}; name them in quantize.exclude"
+        )
+    idle = [
+        name.rpartition(".")[0]
+        for name in names
+        if not name.endswith("weight_quantizer") and model.get_submodule(name).amax is None
+    ]
+    if idle:
+        raise InputError(
+            f"quantize: {', '.join(idle)} never ran while calibrating, so they have no range; name them in "
+            "quantize.exclude"
+        )
+    if section.attention and not any(name.endswith(BMM) for name in names):
+        raise InputError(
+            "quantize.attention: ModelOpt found no attention of a known kind (transformers' eager attention) "
+            "in this network; leave it out"
+        )
+
+
+def _ranges_from_histograms(model: nn.Module, section: Quantize, loop: Loop) -> None:
+    """Ranges of activations from histograms; ModelOpt's own calibration runs end at the largest value."""
+    import torch
+    from modelopt.torch.quantization.calib import HistogramCalibrator
+
+    every: list[Any] = [model.get_submodule(name) for name in checkpoints.quantizers(model)]
+    inputs = [q for q in every if q.axis is None and not q.block_sizes]
+    kept = [q._calibrator for q in inputs]
+    for quantizer in every:
+        quantizer.disable_quant()
+    for quantizer in inputs:
+        quantizer._calibrator = HistogramCalibrator(quantizer.num_bits, None, quantizer.unsigned)
+        quantizer.enable_calib()
+    with torch.no_grad(), checkpoints.quiet():
+        loop(model)
+        for quantizer, before in zip(inputs, kept, strict=True):
+            if section.algorithm == "entropy":
+                quantizer.load_calib_amax("entropy")
+            else:
+                quantizer.load_calib_amax("percentile", percentile=section.percentile)
+            quantizer.disable_calib()
+            quantizer._calibrator = before
+    for quantizer in every:
+        quantizer.enable_quant()

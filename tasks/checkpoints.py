@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import store, types
+from tasks import layers, store, types
 from tasks.artifacts import Checkpoint, Facts
 from tasks.errors import InputError
 
@@ -101,9 +101,21 @@ def compression(model: nn.Module) -> Facts:
     names, pruned = quantizers(model), sparsity(model)
     facts: Facts = {"sparsity": pruned} if pruned else {}
     if names:
-        bits = {str(model.get_submodule(name).num_bits) for name in names}
-        facts |= {"quantizers": counted(names), "format": "fp8" if "(4, 3)" in bits else "int8"}
+        facts |= {"quantizers": counted(names), "format": _format(model, names)}
     return facts
+
+
+def _format(model: nn.Module, names: Sequence[str]) -> str:
+    """The recipe's word for what these quantizers do."""
+    kinds = {
+        str(getattr(part, "num_bits", None)) for name in names for part in model.get_submodule(name).modules()
+    }
+    inputs = any(not name.endswith("weight_quantizer") for name in names)
+    if "4" in kinds:
+        return "w4a8" if "(4, 3)" in kinds else "int4"
+    if "(4, 3)" in kinds:
+        return "fp8"
+    return "int8" if inputs else "int8-weight-only"
 
 
 def counted(names: Sequence[str]) -> Facts:
@@ -286,7 +298,7 @@ def _own(target: str, task: str, labels: int) -> nn.Module:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"model.source: python:{target} cannot be imported: {error}") from error
-    net = function(labels)
+    net = layers.plain(function(labels))
     if not isinstance(net, nn.Module):
         raise InputError(
             f"model.source: python:{target} returned {type(net).__name__}, not a torch.nn.Module"

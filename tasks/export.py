@@ -1,4 +1,4 @@
-"""Export to ONNX with Q/DQ: opset 20, weights folded to INT8 or FP8 storage, checked.
+"""Export to ONNX with Q/DQ: weights folded to INT8, FP8 or INT4 storage, checked.
 
 python -m flows optimize RECIPE     (stage `export`)
 """
@@ -8,21 +8,22 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.schema import Export
-from tasks import batches, checkpoints, export_scales, store, types
+from recipes.schema import Export, Precision
+from tasks import batches, checkpoints, export_scales, store, types, upstream
 from tasks.artifacts import Checkpoint, Dataset, Facts, OnnxModel
+from tasks.blockwise import lift, place
 from tasks.errors import InputError
+from tasks.fold import fold, module_of, name_weights
 from tasks.stage import stage
 
 if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-Precision = Literal["fp32", "fp16"]
 EXTERNAL_DATA_PAST = 1 << 30  # bytes; protobuf ends at 2 GiB
 
 
@@ -38,13 +39,15 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
     model, _ = checkpoints.restore(checkpoint)
     export_scales.fill_empty(model)
     sample = batches.samples(dataset, batches.preprocessor(checkpoint), count=1, size=2)[0]
+    blocks = lift(model)
     graph = _trace(model, sample, types.load(dataset.type), section.opset)
-    _fold(graph)
-    if precision == "fp16":
-        graph = _half(graph)
-    pruned = checkpoint.facts.get("sparsity", {})
+    fold(graph)
+    name_weights(graph, model)
+    place(graph, blocks)
+    if precision != "fp32":
+        graph = _half(graph, precision)
     facts = {"opset": section.opset, "precision": precision, **_counts(graph)}
-    _hold(facts, checkpoint.facts, pruned)
+    _hold(facts, checkpoint.facts)
     with store.staging() as folder:
         _write(graph, folder / "model.onnx")
         onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
@@ -64,12 +67,9 @@ def _trace(model: nn.Module, sample: types.Example, kind: types.TaskType, opset:
             wrapped, inputs, dynamic_axes=axes, weights_dtype="fp32", onnx_opset=opset, dynamo_export=False
         )
     graph = onnx.load_from_string(OnnxBytes.from_bytes(content).get_onnx_model_file_bytes())
-    for node in graph.graph.node:
-        if node.domain == "trt" and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            node.domain = ""
-    opsets = [entry for entry in graph.opset_import if entry.domain != "trt"]
-    del graph.opset_import[:]
-    graph.opset_import.extend(opsets)
+    upstream.q_dq_in_tensorrts_domain(graph)
+    upstream.q_dq_after_softmax(graph)
+    upstream.float_types_of_fp8_values(graph)
     _name_output(graph, kind.OUTPUTS)
     return graph
 
@@ -107,46 +107,12 @@ def _name_output(graph: onnx.ModelProto, outputs: dict[str, dict[int, str]]) -> 
         output.type.tensor_type.shape.dim[axis].dim_param = symbol
 
 
-def _fold(model: onnx.ModelProto) -> None:
-    """Constants become initializers, quantized weights INT8 (ModelOpt leaves Q and DQ on FP32)."""
-    from onnx import numpy_helper
-
-    graph = model.graph
-    for node in [node for node in graph.node if node.op_type == "Constant"]:
-        tensor = next(item.t for item in node.attribute if item.name == "value")
-        tensor.name = node.output[0]
-        graph.initializer.append(tensor)
-        graph.node.remove(node)
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    for node in [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in stored]:
-        axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
-        weight, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input)
-        folded = quantize_weight(weight, scale, zero, axis)
-        name = f"{node.input[0]}_quantized"
-        graph.initializer.append(numpy_helper.from_array(folded, name))
-        for user in graph.node:
-            user.input[:] = [name if item == node.output[0] else item for item in user.input]
-        graph.node.remove(node)
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
-def quantize_weight(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int) -> np.ndarray:
-    """ONNX QuantizeLinear for INT8: round half to even, saturate; `scale` is scalar or along `axis`."""
-    assert zero.dtype == np.int8, f"only INT8 weights are folded here, got {zero.dtype}"
-    shape = [-1 if k == axis else 1 for k in range(weight.ndim)] if scale.ndim else []
-    scaled = np.rint(weight / scale.reshape(shape)) + zero.astype(np.float32).reshape(shape)
-    folded: np.ndarray = np.clip(scaled, -128, 127).astype(np.int8)
-    return folded
-
-
-def _half(model: onnx.ModelProto) -> onnx.ModelProto:
+def _half(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    """AutoCast: FP16 or BF16 for everything that is not quantized, but for inputs and outputs."""
     from modelopt.onnx.autocast.convert import convert_to_f16
 
     with checkpoints.quiet():
-        half: onnx.ModelProto = convert_to_f16(model, keep_io_types=True)
+        half: onnx.ModelProto = convert_to_f16(model, low_precision_type=precision, keep_io_types=True)
         return half
 
 
@@ -157,13 +123,15 @@ def _counts(model: onnx.ModelProto) -> Facts:
     operators = Counter(node.op_type for node in model.graph.node)
     types_ = Counter(TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer)
     weights = _gemm_weights(model)
+    sparse = [name for name, weight in weights.items() if _is_2_4(weight)]
     return {
         "nodes": sum(operators.values()),
         "quantize_nodes": operators["QuantizeLinear"],
         "dequantize_nodes": operators["DequantizeLinear"],
         "tensors": dict(sorted(types_.items())),
         "gemm_weights": len(weights),
-        "sparse_weights": sum(_is_2_4(weight) for weight in weights.values()),
+        "sparse_weights": len(sparse),
+        "sparse_names": sorted(module_of(name) for name in sparse),
     }
 
 
@@ -199,12 +167,12 @@ def _is_2_4(weight: Any) -> bool:
     return groups > 0 and valid == groups
 
 
-def _hold(facts: Facts, checkpoint: Facts, pruned: Facts) -> None:
-    """What the checkpoint had, the graph must have."""
-    if pruned and facts["sparse_weights"] < pruned["modules"]:
+def _hold(facts: Facts, checkpoint: Facts) -> None:
+    """What the checkpoint had, the graph must have: every 2:4 weight by name, every quantizer."""
+    pruned = checkpoint.get("sparsity", {}).get("names", [])
+    if lost := sorted(set(pruned) - set(facts["sparse_names"])):
         raise InputError(
-            f"export: {pruned['modules']} weights are 2:4 in the checkpoint, "
-            f"{facts['sparse_weights']} in the graph"
+            f"export: {len(pruned)} weights are 2:4 in the checkpoint; not in the graph: {', '.join(lost)}"
         )
     wanted = checkpoint.get("quantizers", {}).get("enabled", 0)
     if facts["dequantize_nodes"] < wanted:

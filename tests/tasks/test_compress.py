@@ -16,8 +16,9 @@ from tasks.artifacts import Checkpoint, Dataset
 from tasks.calibrate import calibrate
 from tasks.engines import onnxruntime
 from tasks.errors import InputError
-from tasks.export import export, quantize_weight
+from tasks.export import export
 from tasks.finetune import finetune
+from tasks.fold import quantize_weight
 from tasks.sparsify import sparsify
 
 STEPS = Finetune(epochs=0.1, batch_size=8, learning_rate=1e-3)
@@ -59,7 +60,7 @@ def test_training_changed_the_weights_and_kept_mask_and_quantizers(
     enabled = stacked.facts["quantizers"]
     assert enabled["weights"] == 13 + 3  # linear layers, and three embedding tables
     assert enabled["inputs"] == 13
-    assert enabled["left_out"] == ["classifier"]
+    assert enabled["left_out"] == {"classifier": "named by quantize.exclude"}
     assert [point["step"] for point in stacked.facts["curve"]] == [1, 2, 3, 4]
 
 
@@ -143,7 +144,7 @@ def test_convolutions_are_pruned_along_channels_and_quantized(image: Any) -> Non
         sparsify.fn(image.checkpoint, image.dataset, small), image.dataset, Quantize(format="int8")
     )
     assert candidate.facts["sparsity"]["names"] == ["net.2", "net.5", "net.8"]
-    assert candidate.facts["quantizers"] == {"enabled": 10, "weights": 5, "inputs": 5, "left_out": []}
+    assert candidate.facts["quantizers"] == {"enabled": 10, "weights": 5, "inputs": 5, "left_out": {}}
     assert export.fn(candidate, image.dataset, Export(), "fp32").facts["sparse_weights"] == 3
 
 

@@ -1,0 +1,96 @@
+"""Weights of an exported graph in the storage they are quantized to, and under their parameters' names."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+Key = tuple[tuple[int, ...], str, bytes]
+TURNED = ".T"
+STORED = "_quantized"
+
+
+def fold(model: onnx.ModelProto) -> None:
+    """Constants become initializers, quantized weights INT8 (ModelOpt leaves Q and DQ on FP32)."""
+    from onnx import numpy_helper
+
+    graph = model.graph
+    for node in [node for node in graph.node if node.op_type == "Constant"]:
+        tensor = next(item.t for item in node.attribute if item.name == "value")
+        tensor.name = node.output[0]
+        graph.initializer.append(tensor)
+        graph.node.remove(node)
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in stored]:
+        axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
+        weight, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input)
+        folded = quantize_weight(weight, scale, zero, axis)
+        name = f"{node.input[0]}{STORED}"
+        graph.initializer.append(numpy_helper.from_array(folded, name))
+        for user in graph.node:
+            user.input[:] = [name if item == node.output[0] else item for item in user.input]
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def quantize_weight(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int) -> np.ndarray:
+    """ONNX QuantizeLinear for INT8: round half to even, saturate; `scale` is scalar or along `axis`."""
+    assert zero.dtype == np.int8, f"only INT8 weights are folded here, got {zero.dtype}"
+    shape = [-1 if k == axis else 1 for k in range(weight.ndim)] if scale.ndim else []
+    scaled = np.rint(weight / scale.reshape(shape)) + zero.astype(np.float32).reshape(shape)
+    folded: np.ndarray = np.clip(scaled, -128, 127).astype(np.int8)
+    return folded
+
+
+def name_weights(model: onnx.ModelProto, network: nn.Module) -> None:
+    """Give weights that the tracer renamed (turned around, or behind a mask) their parameter's name.
+
+    They are found by value; one that was `onnx::MatMul_17` and turned is `model.LAYER.weight.T`.
+    """
+    from onnx import numpy_helper
+
+    known = _weights(network)
+    taken = {tensor.name for tensor in model.graph.initializer}
+    names: dict[str, str] = {}
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("model.") or len(tensor.dims) < 2:
+            continue
+        found = known.get(_key(numpy_helper.to_array(tensor)))
+        if found is not None and found not in taken:
+            taken.add(found)
+            names[tensor.name] = found
+            tensor.name = found
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+
+
+def _weights(network: nn.Module) -> dict[Key, str]:
+    """The name of every weight by its values, as it is and turned around."""
+    known: dict[Key, str] = {}
+    for name, module in network.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim < 2:
+            continue
+        values = weight.detach().cpu().numpy()
+        known[_key(values)] = f"model.{name}.weight"
+        if values.ndim == 2 and _key(values.T) not in known:
+            known[_key(values.T)] = f"model.{name}.weight{TURNED}"
+    return known
+
+
+def module_of(name: str) -> str:
+    """The layer that a stored weight belongs to, as the network calls it."""
+    return name.removesuffix(STORED).removesuffix(TURNED).removesuffix(".weight").removeprefix("model.")
+
+
+def _key(array: np.ndarray) -> Key:
+    return array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest()
