@@ -80,7 +80,7 @@ def _promotion_verbs(verbs: Any) -> None:
     rollback = verbs.add_parser("rollback", help="restore the champion before this one, alias and engine")
     rollback.add_argument("model", metavar="NAME")
     rollback.add_argument("--to", metavar="V", help="restore this version instead")
-    rollback.add_argument("--by", metavar="WHO", default=getpass.getuser(), help="default: you")
+    rollback.add_argument("--by", metavar="WHO", help="default: you")
     rollback.add_argument("--reason", metavar="TEXT", default="rolled back by hand")
     override = verbs.add_parser("override", help="let a version be promoted though its gate refused it")
     override.add_argument("model", metavar="NAME")
@@ -121,6 +121,7 @@ def _promote(options: argparse.Namespace) -> int:
     from flows import promote
     from tasks import registry_alias
 
+    registry_alias.check_model(options.model)
     if options.to:
         registry_alias.set_alias(options.model, options.to)
     done = promote.agree(options.model)
@@ -140,13 +141,24 @@ def _reconcile(_options: argparse.Namespace) -> int:
 
 def _rollback(options: argparse.Namespace) -> int:
     from flows import promote
+    from tasks import registry_alias
 
-    done = promote.back(options.model, options.to, options.by, options.reason)
+    registry_alias.check_model(options.model)
+    done = promote.back(options.model, options.to, options.by or _user(), options.reason)
     print(f"{done.model}: {done.action}, champion {done.champion} ({done.seconds:.1f} s)")
     return 0 if done.action == "rolled-back" else FAILED
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return f"user {os.getuid()}"
+
+
 def _override(options: argparse.Namespace) -> int:
+    if not (options.by.strip() and options.reason.strip()):
+        raise InputError("override: --by and --reason must say who answers for it, and why")
     from flows import promote
 
     line = promote.override(options.model, options.version, options.by, options.reason)

@@ -22,6 +22,7 @@ from prefect.context import FlowRunContext
 from flows import history
 from recipes.schema import Deploy
 from tasks import deploy, ledger, registry, registry_alias, verify
+from tasks.artifacts import Facts
 from tasks.errors import InputError
 from tasks.stage import passing, say
 from tasks.verify import Findings
@@ -76,31 +77,59 @@ def rollback(
 def agree(model: str) -> Agreement:
     """Compare alias, ledger and serving folder, and do what is missing; safe to repeat after any crash."""
     started = time.perf_counter()
+    waits = _judge(model)
     with ledger.held(model):
         registry_alias.settle(model)
-        champion, holder = ledger.champion(ledger.lines(model)), registry_alias.alias_of(model)
-        if holder == champion:
+        known, holder = ledger.lines(model), registry_alias.alias_of(model)
+        champion = ledger.champion(known)
+        if holder and not known and "gate" not in registry.registered(model, holder).tags:
+            done = Agreement(model, "nothing", holder, "this model is not Enginehouse's")
+        elif holder == champion:
             done = _serve(model, champion)
         elif holder is None:
             done = _withdraw(model, champion)
         else:
-            done = _take(model, champion, holder)
+            done = _take(model, champion, holder, waits)
     if done.action != "nothing":
         say(f"{model}: {done.action}, champion {done.champion}{f' ({done.reason})' if done.reason else ''}")
         publish(model)
     return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
 
 
-def _take(model: str, champion: str | None, version: str) -> Agreement:
+def _judge(model: str) -> str:
+    """Where the alias is on a version that waits for its gate: have it judged, or say why it cannot be.
+
+    Nothing is held meanwhile: judging takes long, and may promote.
+    """
+    holder = registry_alias.alias_of(model)
+    if holder is None or registry.registered(model, holder).tags.get("gate") != "pending":
+        return ""
+    try:
+        gate_pending(model, holder)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def gate_pending(model: str, version: str) -> None:
+    """Have a version that waits for its gate judged here; raises InputError where that cannot be."""
+    manifest = registry.manifest_of(registry.registered(model, version).run_id)
+    why = verify.missing(manifest["engines"]["candidate"]["plan"]["runtime"])
+    raise InputError(
+        f"its gate is pending, and {why}: a worker that has the runtime must judge it first"
+        if why
+        else "its gate is pending; run its recipe here, where the runtime is, to have it judged"
+    )
+
+
+def _take(model: str, champion: str | None, version: str, waits: str) -> Agreement:
     """A person put the alias on this version: promote it, or put the alias back."""
-    if registry.registered(model, version).tags.get("gate") == "pending":
-        try:
-            gate_pending(model, version)
-        except InputError as error:
-            return _refuse(model, champion, version, str(error))
-    findings = verify.verify(model, version)
+    registered = registry.registered(model, version)
     allowed = ledger.override(ledger.lines(model), version)
-    problems = findings.damage + (() if allowed else findings.judgement)
+    if not allowed and (against := verify.word(registered)):
+        return _refuse(model, champion, version, waits or "; ".join(against))
+    findings = verify.verify(model, version)
+    problems = findings.damage + (() if allowed else verify.judgement(registered))
     if problems:
         return _refuse(model, champion, version, "; ".join(problems))
     section = findings.recipe.deploy if findings.recipe else None
@@ -108,21 +137,13 @@ def _take(model: str, champion: str | None, version: str) -> Agreement:
         _prepare(findings, section)
     except deploy.Unfit as unfit:
         return _refuse(model, champion, version, f"it cannot serve here: {unfit}")
+    if (now := registry_alias.alias_of(model)) != version:
+        return Agreement(model, "nothing", champion, f"the alias moved on to version {now}; look again")
     actor = allowed.actor if allowed else PERSON
     reason = f"override: {allowed.reason}" if allowed else "the alias was set on it"
     run, facts = findings.registered.run_id, {"digests": findings.digests}
     registry_alias.move(model, champion, version, "promoted", actor, reason, run, facts)
-    return _switch(findings, section, "promoted", actor)
-
-
-def gate_pending(model: str, version: str) -> None:
-    """Have a version that waits for its gate judged here; raises InputError where that cannot be."""
-    why = verify.elsewhere(registry.manifest_of(registry.registered(model, version).run_id))
-    raise InputError(
-        f"its gate is pending, and {why}: a worker that has the runtime must judge it first"
-        if why
-        else "its gate is pending; run its recipe again here, where the runtime is, to have it judged"
-    )
+    return _switch(findings, section, "promoted")
 
 
 def _refuse(model: str, champion: str | None, version: str, reason: str) -> Agreement:
@@ -131,7 +152,8 @@ def _refuse(model: str, champion: str | None, version: str, reason: str) -> Agre
     registry_alias.note(model, version, words, {registry_alias.REFUSED: reason})
     run = registry.registered(model, version).run_id
     ledger.append(model, "refused", actor=PERSON, before=champion, after=version, run_id=run, reason=reason)
-    registry_alias.set_alias(model, champion)
+    if registry_alias.alias_of(model) == version:
+        registry_alias.set_alias(model, champion)
     return Agreement(model, "refused", champion, f"version {version}: {reason}")
 
 
@@ -158,14 +180,14 @@ def _serve(model: str, champion: str | None) -> Agreement:
         _prepare(findings, recipe.deploy)
     except deploy.Unfit as unfit:
         return _demote(findings, str(unfit))
-    return _switch(findings, recipe.deploy, "deployed", registry_alias.PIPELINE)
+    return _switch(findings, recipe.deploy, "deployed")
 
 
 def _deployed_here(model: str, version: str) -> bool:
     """Whether it serves on this machine, and the ledger says so."""
-    here = [line for line in ledger.lines(model) if line.facts.get("place") == deploy.place()]
-    told = bool(here) and (here[-1].event, here[-1].after) == ("deployed", version)
-    return told and deploy.current(model) == version
+    deployed = [line for line in ledger.lines(model) if line.event == "deployed"]
+    here = [line.after for line in deployed if line.facts.get("place") == deploy.place()]
+    return here[-1:] == [version] and deploy.current(model) == version
 
 
 def _prepare(findings: Findings, section: Deploy | None) -> None:
@@ -178,25 +200,38 @@ def _prepare(findings: Findings, section: Deploy | None) -> None:
     deploy.prepare(model, version, findings.engine, build.max_batch, section, build.threads)
 
 
-def _switch(findings: Findings, section: Deploy | None, action: Action, actor: str) -> Agreement:
+def _switch(findings: Findings, section: Deploy | None, action: Action) -> Agreement:
     """Let the new champion serve; should its smoke request fail, the one before is champion again."""
     model, version = findings.registered.model, findings.registered.version
-    tags = {"promoted_by": actor, "promoted_at": _now()}
+    made = [line for line in ledger.lines(model) if line.event in ledger.SETTLED and line.after == version][
+        -1
+    ]
+    tags = {"promoted_by": made.actor, "promoted_at": made.at}
+    words = f"Champion since {_readable(made.at)}, by {made.actor}"
     if section is not None:
         try:
             done = deploy.switch(model, version, section)
         except deploy.Unfit as unfit:
             return _demote(findings, str(unfit))
-        facts = {"place": deploy.place(), "seconds": round(done.seconds, 3)}
-        if done.before != version or not _deployed_here(model, version):
-            ledger.append(model, "deployed", actor=actor, before=done.before, after=version, facts=facts)
+        if not (done.before == version and _deployed_here(model, version)):
+            _record(findings, done, made.actor)
         tags["deployed"] = deploy.place()
+        words += f"; deployed to {deploy.place()}"
     last = ledger.lines(model)[-1]
     tags["ledger"] = f"{last.number} {last.sha256}"
-    where = f", deployed to {deploy.place()}" if section else ""
-    words = f"Champion since {tags['promoted_at']}, promoted by {actor}{where}."
-    registry_alias.note(model, version, words, tags, drop=[registry_alias.REFUSED])
+    registry_alias.note(model, version, f"{words}.", tags, drop=[registry_alias.REFUSED])
+    if made.before and made.before != version and registry_alias.exists(model, made.before):
+        until = f"Champion until {_readable(made.at)}, when version {version} followed."
+        registry_alias.note(model, made.before, until, {}, drop=["deployed"])
     return Agreement(model, action, version)
+
+
+def _record(findings: Findings, done: deploy.Switched, actor: str) -> None:
+    facts: Facts = {"place": deploy.place(), "seconds": round(done.seconds, 3)}
+    if findings.digests:
+        facts["digests"] = findings.digests
+    model = findings.registered.model
+    ledger.append(model, "deployed", actor=actor, before=done.before, after=done.after, facts=facts)
 
 
 def _demote(findings: Findings, reason: str) -> Agreement:
@@ -235,7 +270,7 @@ def back(model: str, to: str | None, by: str, reason: str) -> Agreement:
             raise InputError(f"version {version} of {model} cannot serve here: {unfit}") from unfit
         run = findings.registered.run_id
         registry_alias.move(model, champion, version, "rolled-back", by, reason, run)
-        done = _switch(findings, section, "rolled-back", by)
+        done = _switch(findings, section, "rolled-back")
     publish(model)
     return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
 
@@ -252,10 +287,10 @@ def _candidate(model: str, version: str, known: Sequence[ledger.Line]) -> Findin
     """A version to roll back to: whole, and once champion, passed or overridden."""
     if version in ledger.champions(known) and deploy.intact(model, version):
         registered = registry.registered(model, version)
-        return Findings(registered, registry.recipe_of(registered.run_id), None, {}, (), ())
+        return Findings(registered, registry.recipe_of(registered.run_id), None, {}, ())
     findings = verify.verify(model, version)
     trusted = version in ledger.champions(known) or ledger.override(known, version)
-    problems = findings.damage + (() if trusted else findings.judgement)
+    problems = findings.damage + (() if trusted else verify.judgement(findings.registered))
     if problems:
         raise InputError(f"version {version} of {model} cannot be champion: {'; '.join(problems)}")
     return findings
@@ -282,4 +317,8 @@ def publish(model: str) -> None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return _readable(datetime.now(UTC).isoformat())
+
+
+def _readable(moment: str) -> str:
+    return f"{moment[:19].replace('T', ' ')} UTC"

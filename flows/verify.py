@@ -23,10 +23,10 @@ def report(address: str) -> tuple[list[str], bool]:
     checks: list[Check] = [(f"digest of {name}: {digest}", None) for name, digest in findings.digests.items()]
     checks += [(what, what) for what in findings.damage]
     checks += _ledger(model, known, findings)
-    override = ledger.override(known, version)
-    if not findings.judgement:
+    override, against = ledger.override(known, version), verify.judgement(findings.registered)
+    if not against:
         checks.append(("the verdict, judged again from the measurements, is the one that was logged", None))
-    for what in findings.judgement:
+    for what in against:
         told = f"{what} (override by {override.actor}: {override.reason})" if override else what
         checks.append((told, None if override else what))
     if version == alias:

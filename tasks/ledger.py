@@ -197,7 +197,7 @@ def address() -> str:
         return url
     if url == tracking:
         raise InputError(
-            f"MLFLOW_TRACKING_URI={url} is not a database, and the ledger lies in one: set "
+            "MLFLOW_TRACKING_URI is not a database, and the ledger lies in one: set "
             "ENGINEHOUSE_LEDGER to the database behind that server (sqlite:///… or postgresql://…)"
         )
     raise InputError(f"ENGINEHOUSE_LEDGER={url.split(':')[0]}:… is neither sqlite:///… nor postgresql://…")

@@ -19,7 +19,7 @@ import yaml
 from prefect import task
 
 from recipes.schema import Recipe
-from tasks import store
+from tasks import ledger, store
 from tasks.artifacts import Engine, Version
 from tasks.errors import InputError
 from tasks.manifest import Attempt, manifest, metrics
@@ -75,7 +75,8 @@ def unmeasurable(champion: Champion, candidate: Engine) -> str | None:
     """Why the champion cannot be measured beside the candidate here; None when it can."""
     here, there = candidate.plan, champion.engine.plan
     name = f"version {champion.version.version}"
-    if champion.version.gate != "passed":
+    model, number = champion.version.model, champion.version.version
+    if champion.version.gate != "passed" and not ledger.override(ledger.lines(model), number):
         return f"{name} carries the alias with gate={champion.version.gate}; remove the alias"
     for what in ("runtime", "version", "device"):
         if getattr(here, what) != getattr(there, what):

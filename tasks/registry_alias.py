@@ -147,6 +147,13 @@ def models() -> list[str]:
             return sorted(names)
 
 
+def check_model(model: str) -> None:
+    """Raise InputError for a name that MLflow does not know."""
+    known = models()
+    if model not in known:
+        raise InputError(f"no model is registered as {model!r}; there are: {', '.join(known) or 'none'}")
+
+
 def alias_of(model: str) -> str | None:
     """The version that carries the champion alias in MLflow."""
     found = aliased(client(), model, CHAMPION)
@@ -159,6 +166,8 @@ def set_alias(model: str, version: str | None) -> None:
         return
     if version is None:
         client().delete_registered_model_alias(model, CHAMPION)
+    elif not exists(model, version):
+        raise InputError(f"there is no version {version} of {model}")
     else:
         client().set_registered_model_alias(model, CHAMPION, version)
 

@@ -22,20 +22,20 @@ from tasks.registry import Registered
 
 @dataclass(frozen=True)
 class Findings:
-    """What speaks against a version: `damage` always, `judgement` unless a person has overridden it."""
+    """What a version is made of, and the `damage` that nothing overrides."""
 
     registered: Registered
     recipe: Recipe | None
     engine: Engine | None
     digests: dict[str, str]
     damage: tuple[str, ...]
-    judgement: tuple[str, ...]
 
 
 def verify(model: str, version: str) -> Findings:
-    """Everything that can be checked without deploying; what is wrong is found, not raised."""
+    """Its artifacts against their digests and on this machine; what is wrong is found, not raised."""
     registered = registry.registered(model, version)
-    judgement = _judgement(registered)
+    if not registered.run_id:
+        return Findings(registered, None, None, {}, ("its artifacts do not open: no run made it",))
     try:
         recipe = registry.recipe_of(registered.run_id)
         manifest = registry.manifest_of(registered.run_id)
@@ -47,8 +47,8 @@ def verify(model: str, version: str) -> Findings:
         if store.full():
             raise
         words = f"its manifest has no {error}" if isinstance(error, KeyError) else str(error)
-        return Findings(registered, None, None, {}, (f"its artifacts do not open: {words}",), judgement)
-    return Findings(registered, recipe, engine, digests, tuple(damage), judgement)
+        return Findings(registered, None, None, {}, (f"its artifacts do not open: {words}",))
+    return Findings(registered, recipe, engine, digests, tuple(damage))
 
 
 def digests_of(engine: Engine) -> dict[str, str]:
@@ -67,19 +67,29 @@ def recompute(run_id: str) -> tuple[bytes, bool]:
     return again, again == logged.verdict
 
 
+def missing(runtime: str) -> str | None:
+    """Why this host cannot execute engines of a runtime; None when it can."""
+    if runtime == "onnxruntime":
+        return None
+    found = module(runtime)
+    if found.version(runtime.replace("-", "_")) is None:
+        return f"{runtime} is not installed here"
+    if not found.executes(runtime.replace("-", "_")):
+        return f"{runtime} does not run on this host's GPU ({found.device()})"
+    return None
+
+
 def elsewhere(manifest: dict[str, Any]) -> str | None:
-    """Why this host is not the one that the engine is for; None when it is."""
+    """Why this host is not the one that the run's engine is for; None when it is."""
     plan = manifest["engines"]["candidate"]["plan"]
     runtime = plan["runtime"]
-    if runtime != "onnxruntime":
-        from tasks.engines.tensorrt_api import can_execute, gpu
-
-        return None if can_execute(runtime) else f"it is for {runtime} on {plan['device']}; here is {gpu()}"
-    here = {"version": module(runtime).version(), "device": module(runtime).device()}
-    if plan["device"].startswith("cpu"):
-        for what, ours in here.items():
-            if plan[what] != ours:
-                return f"it was made for {runtime} {what} {plan[what]}, here is {ours}"
+    if why := missing(runtime):
+        return why
+    found = module(runtime)
+    version = found.version() if runtime == "onnxruntime" else found.version(runtime)
+    for what, ours in (("version", version), ("device", found.device())):
+        if plan[what] != ours:
+            return f"it was made for {runtime} {what} {plan[what]}, here is {ours}"
     return None
 
 
@@ -99,14 +109,20 @@ def served(model: str, version: str) -> str | None:
     return deploy.damage(deploy.root() / model / "current")
 
 
-def _judgement(registered: Registered) -> tuple[str, ...]:
-    """Gate tag, evidence, and the verdict itself, judged again."""
+def word(registered: Registered) -> tuple[str, ...]:
+    """What the version's own tags say against it: known at once, with nothing fetched."""
     tags, found = registered.tags, []
     if tags.get("gate") != "passed":
         found.append(f"its gate says {tags.get('gate', 'nothing')}{_because(registered)}")
     if tags.get("proved") != "executed":
         found.append(f"its engine was {tags.get('proved', 'not proved at all')}, not executed on its target")
-    if tags.get("gate") == "pending":
+    return tuple(found)
+
+
+def judgement(registered: Registered) -> tuple[str, ...]:
+    """What a person may override: its tags' word, and the verdict itself, judged again."""
+    found = list(word(registered))
+    if registered.tags.get("gate") == "pending" or not registered.run_id:
         return tuple(found)
     try:
         verdict, same = recompute(registered.run_id)
@@ -115,7 +131,7 @@ def _judgement(registered: Registered) -> tuple[str, ...]:
     if not same:
         found.append("its logged verdict is not what its measurements give")
     again = verdict_from_bytes(verdict)
-    if not again.passed and tags.get("gate") == "passed":
+    if not again.passed and registered.tags.get("gate") == "passed":
         found.append(f"its gate tag says passed, and its measurements do not: {'; '.join(again.reasons)}")
     return tuple(found)
 

@@ -39,6 +39,11 @@ def device() -> str:
     return str(api.gpu() or "none")
 
 
+def executes(flavor: api.Flavor) -> bool:
+    """Whether this host's GPU runs the flavor's engines."""
+    return api.can_execute(flavor)
+
+
 def build(
     model: Path,
     folder: Path,

@@ -43,6 +43,10 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
         (["optimize", "no-such-recipe"], 2),
         (["optimize", QUICK, "--set", "quantise.format=int8"], 2),
         (["optimise", QUICK], 2),
+        (["override", "digits-cnn", "1", "--by", " ", "--reason", "because"], 2),
+        (["override", "digits-cnn", "1"], 2),
+        (["rollback", "--help"], 0),
+        (["history"], 2),
         ([], 2),
     ],
 )

@@ -89,3 +89,24 @@ def test_a_kept_result_serves_until_its_artifact_is_damaged() -> None:
     assert store.intact(blob)
     assert runs == ["one", "one"]
     assert [timing.reused for timing in stages.timeline] == [False, True, False]
+
+
+class Failed:
+    """A task's state, as Prefect hands it to a retry condition."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def result(self, raise_on_failure: bool) -> Exception:
+        return self.error
+
+
+def test_only_what_may_pass_by_itself_is_tried_again() -> None:
+    from tasks.errors import InputError
+
+    away = RuntimeError("API request failed")
+    away.__context__ = ConnectionError("refused")  # as MLflow tells it
+    told = InputError("MLflow is not there")
+    told.__cause__ = away
+    found = [stages.passing(None, None, Failed(e)) for e in (away, ConnectionError(), told, ValueError())]
+    assert found == [True, True, False, False]
