@@ -140,7 +140,7 @@ def test_the_worker_runs_a_recipe(stack: Stack) -> None:
         run = client.create_flow_run_from_deployment(
             made.id, parameters={"recipe": "digits-cnn-int8-ptq", "overrides": ["promote=manual"]}
         )
-        ended = until(lambda: _final(client, run.id), 120)
+        ended = until(lambda: _final(client, run.id), 300)
     assert ended.is_completed(), ended
     assert MODEL in stack.api("GET", "registered-models/search").text
 
