@@ -1,0 +1,38 @@
+"""Drift is seen for every kind of task: in what goes in, in what the quantizers meet, in what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import recipes
+from recipes.schema import Build, Drift, Export, Quantize
+from tasks import load
+from tasks.build import build, host
+from tasks.calibrate import calibrate
+from tasks.drift import compare, loaded, observe
+from tasks.export import export
+
+
+@pytest.mark.parametrize(
+    ("name", "traits"),
+    [("tiny_recipe", {"size", "class", "score"}), ("embedding_recipe", {"size"})],
+)
+def test_the_same_rows_have_not_drifted(name: str, traits: set[str], request: pytest.FixtureRequest) -> None:
+    file: Path = request.getfixturevalue(name)
+    recipe = recipes.load(str(file))
+    dataset = load.load_data.fn(recipe.data, recipe.task, "content")
+    start = load.load_model.fn(recipe.model, recipe.data, recipe.task, "content", 0)
+    candidate = calibrate.fn(start, dataset, Quantize(format="int8"))
+    model = export.fn(candidate, dataset, Export(), "fp32")
+    engine = build.fn(model, candidate, dataset, Build(), "onnxruntime", host("onnxruntime"))
+
+    seen = observe.fn(engine, None, dataset, "test", "here")
+    content = loaded(seen)
+    assert set(content) == traits | {"overflow"}
+    assert len(content["size"]) == dataset.rows["test"]
+    assert content["overflow"]
+    found = compare(seen, seen, Drift())
+    assert set(found.psi) == traits
+    assert all(value == pytest.approx(0) for value in found.psi.values())
