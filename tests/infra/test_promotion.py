@@ -14,7 +14,10 @@ import pytest
 from tests.infra.stacks import MODEL, OTHER, PASSED, REFUSED, Stack, until
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from playwright.sync_api import Page
+    from prefect.client.orchestration import SyncPrefectClient
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 BROWSER = (
@@ -114,7 +117,19 @@ def test_both_pages_show_the_promotion(stack: Stack, page: Page) -> None:
     page.reload()
     page.get_by_text("@ champion").first.wait_for(timeout=60_000)
     page.get_by_text("Champion since").first.wait_for(timeout=60_000)
-    page.goto(f"{stack.prefect}/runs")
-    page.get_by_role("link", name=MODEL, exact=True).first.click(timeout=60_000)
+    with stack.orchestration() as client:
+        made = client.read_deployment_by_name("promote/champion")
+        started = until(lambda: _latest(client, made.id))
+    page.goto(f"{stack.prefect}/runs/flow-run/{started}")
     page.get_by_text("Completed").first.wait_for(timeout=60_000)
     page.get_by_role("link", name="promote", exact=True).first.wait_for(timeout=60_000)
+
+
+def _latest(client: SyncPrefectClient, deployment: UUID) -> UUID | None:
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import StateType
+
+    done = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[StateType.COMPLETED]))
+    of = filters.FlowRunFilterDeploymentId(any_=[deployment])
+    runs = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(state=done, deployment_id=of))
+    return max(runs, key=lambda run: run.end_time).id if runs else None
