@@ -17,7 +17,7 @@ from tasks import batches, checkpoints, export_scales, store, types, upstream
 from tasks.artifacts import Checkpoint, Dataset, Facts, OnnxModel
 from tasks.blockwise import lift, place
 from tasks.errors import InputError
-from tasks.fold import fold, module_of, name_weights
+from tasks.fold import fold, layer_of, name_weights
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -131,12 +131,12 @@ def _counts(model: onnx.ModelProto) -> Facts:
         "tensors": dict(sorted(types_.items())),
         "gemm_weights": len(weights),
         "sparse_weights": len(sparse),
-        "sparse_names": sorted(module_of(name) for name in sparse),
+        "sparse_names": sorted(sparse),
     }
 
 
 def _gemm_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Stored weights of MatMul, Gemm and Conv, behind DequantizeLinear, Cast and Transpose; K on axis 1."""
+    """Stored weights of MatMul, Gemm and Conv by layer, behind DQ, Cast and Transpose; K on axis 1."""
     from onnx import numpy_helper
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -151,7 +151,8 @@ def _gemm_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             name = producer[name].input[0]
         if name in stored:
             weight = numpy_helper.to_array(stored[name])
-            found[name] = weight.T if node.op_type != "Conv" and not turned else weight
+            layer = layer_of(node.name) or name
+            found[layer] = weight.T if node.op_type != "Conv" and not turned else weight
     return found
 
 

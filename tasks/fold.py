@@ -87,9 +87,14 @@ def _weights(network: nn.Module) -> dict[Key, str]:
     return known
 
 
-def module_of(name: str) -> str:
-    """The layer that a stored weight belongs to, as the network calls it."""
-    return name.removesuffix(STORED).removesuffix(TURNED).removesuffix(".weight").removeprefix("model.")
+def layer_of(node: str) -> str:
+    """The layer whose scope the tracer wrote into a node's name: `/model/net/net.2/Conv` is `net.2`."""
+    parts: list[str] = []
+    for part in node.split("/")[2:-1]:
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
 
 
 def _key(array: np.ndarray) -> Key:
