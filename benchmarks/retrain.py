@@ -4,8 +4,9 @@ python -m benchmarks.retrain [RECIPE] [--out FOLDER] [--set section.key=value â€
 
 Runs, one after the other, each as a command of its own, on a state folder of its own: optimize; retrain
 with nothing changed; retrain with newspaper sentences added to the rows (the champion's plan is refitted);
-the same retrain with --rebuild from the same champion. Bytes are what each adds: to MLflow's artifacts, and to the
-store of intermediate results before and after `prune`. One machine, one seed; the table says which.
+the same retrain with --rebuild from the same champion. Bytes are what each adds: to MLflow's artifacts,
+and to the store of intermediate results before and after `prune`. One machine, one seed; the table says
+which.
 """
 
 from __future__ import annotations
