@@ -30,3 +30,29 @@ def test_a_slot_is_free_again_after_an_error() -> None:
                 raise RuntimeError
         except RuntimeError:
             pass
+
+
+ALONE = """
+import sys, time
+from tasks.slots import alone
+with alone("retrain-model"):
+    print("in", flush=True); time.sleep(float(sys.argv[1])); print("out", flush=True)
+"""
+
+
+def test_a_second_retrain_of_a_model_says_that_it_waits_and_waits() -> None:
+    def start(seconds: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", ALONE, seconds],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    first = start("3")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "in\n"
+    second = start("0")
+    assert second.communicate(timeout=120)[1].count("another process is at it; waiting") == 1
+    assert first.poll() == 0, "the second did not wait for the first"
