@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import recipes
-from recipes.schema import Quantize
+from recipes.compress import Quantize
 from tasks import batches, checkpoints, store
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.calibrate import quantized

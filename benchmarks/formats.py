@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 import recipes
-from recipes.schema import Build, Export, Quantize
+from recipes.build import Build, Export
+from recipes.compress import Quantize
 from tasks import batches, store
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
 from tasks.build import build, host, installed

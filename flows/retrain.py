@@ -15,7 +15,7 @@ from flows.artifacts import publish
 from flows.judge import Outcome, judge, log_failure
 from flows.optimize import compress
 from recipes import Recipe
-from recipes.schema import Build, Runtime
+from recipes.build import Build, Runtime
 from tasks import ledger, lineage, registry
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Version
 from tasks.build import build, check_build, host, precision

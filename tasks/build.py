@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recipes.schema import Build, Precision, Profile, Runtime, TensorRT
+from recipes.build import Build, Precision, Profile, Runtime, TensorRT
 from tasks import batches, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from recipes.schema import Quantize
+from recipes.compress import Quantize
 from tasks import batches, checkpoints, layers, store
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError

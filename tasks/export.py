@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.schema import Export, Precision
+from recipes.build import Export, Precision
 from tasks import batches, checkpoints, export_scales, store, types, upstream
 from tasks.artifacts import Checkpoint, Dataset, Facts, OnnxModel
 from tasks.blockwise import lift, place

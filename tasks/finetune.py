@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.schema import Finetune
+from recipes.compress import Finetune
 from tasks import batches, checkpoints, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.stage import stage

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from recipes.schema import Sparsify
+from recipes.compress import Sparsify
 from tasks import batches, checkpoints, store
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError

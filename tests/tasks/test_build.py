@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from recipes.schema import Build, TensorRT
+from recipes.build import Build, TensorRT
 from tasks import batches, build, store, types
 from tasks.artifacts import Engine, OnnxModel
 from tasks.engines import tensorrt

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import recipes
-from recipes.schema import Export, Finetune, Quantize
+from recipes.build import Export
+from recipes.compress import Finetune, Quantize
 from tasks import batches, checkpoints, load, metrics, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.calibrate import calibrate

@@ -10,7 +10,9 @@ import onnx
 import pytest
 import torch
 
-from recipes.schema import Export, Finetune, Model, Quantize, Sparsify
+from recipes.build import Export
+from recipes.compress import Finetune, Quantize, Sparsify
+from recipes.schema import Model
 from tasks import batches, checkpoints, load, store
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.calibrate import calibrate

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipes.schema import Build, Deploy, Export, Quantize, Triton
+from recipes.build import Build, Export
+from recipes.compress import Quantize
+from recipes.schema import Deploy, Triton
 from tasks import deploy, load, store, triton
 from tasks.artifacts import Checkpoint, Dataset, Engine
 from tasks.build import build, host

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import recipes
-from recipes.schema import Build, Drift, Export, Quantize
+from recipes.build import Build, Export
+from recipes.compress import Quantize
+from recipes.schema import Drift
 from tasks import load
 from tasks.build import build, host
 from tasks.calibrate import calibrate

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import recipes
-from recipes.schema import Export, Quantize
+from recipes.build import Export
+from recipes.compress import Quantize
 from tasks import batches, checkpoints, load, metrics, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.calibrate import calibrate

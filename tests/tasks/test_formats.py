@@ -11,7 +11,8 @@ import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from recipes.schema import Build, Export, Finetune, Quantize, Sparsify
+from recipes.build import Build, Export
+from recipes.compress import Finetune, Quantize, Sparsify
 from tasks import batches, checkpoints, layers, store, upstream
 from tasks import export as export_module
 from tasks.artifacts import Checkpoint, OnnxModel

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recipes.build import Export
+from recipes.compress import Finetune, Quantize, Sparsify
 from recipes.data import Data
-from recipes.schema import Export, Finetune, Model, Quantize, Sparsify
+from recipes.schema import Model
 from tasks import batches, checkpoints, load, store
 from tasks.artifacts import Dataset
 from tasks.calibrate import calibrate

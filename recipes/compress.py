@@ -1,0 +1,91 @@
+"""How a recipe trains, prunes and quantizes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from recipes.data import Section
+
+
+class Finetune(Section):
+    """One training with the Hugging Face Trainer; used for the baseline and again for QAT."""
+
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    seed: int = 0
+
+
+class Sparsify(Section):
+    """2:4 pruning with ModelOpt; `exclude` holds module name patterns (`*classifier*`)."""
+
+    method: Literal["magnitude", "sparsegpt"] = "magnitude"
+    exclude: tuple[str, ...] = ()
+
+
+Format = Literal["int8", "fp8", "int8-weight-only", "int4", "w4a8", "nvfp4", "mxfp8"]
+ALGORITHMS: dict[str, tuple[str, ...]] = {
+    "int8": ("max", "entropy", "percentile", "smoothquant"),
+    "fp8": ("max",),
+    "int8-weight-only": ("max",),
+    "int4": ("max", "awq"),
+    "w4a8": ("max", "awq"),
+}
+OPSETS = {"fp8": 20, "int4": 21, "w4a8": 21}
+BLOCK: Literal[128] = 128
+PERCENTILE = 99.99
+
+
+class Quantize(Section):
+    """Calibration with ModelOpt over `data.split.calibration` rows; docs/formats.md says what each can do.
+
+    `block_size` is of INT4's scales, along K; `percentile` of activations that stay in range. `attention`
+    quantizes attention's own matrix products, too. `embeddings` of int4 and w4a8 are INT8.
+    """
+
+    format: Format
+    algorithm: Literal["max", "entropy", "percentile", "smoothquant", "awq"] = "max"
+    percentile: float = Field(PERCENTILE, gt=50, le=100)
+    block_size: Literal[16, 32, 64, 128, 256] = BLOCK
+    attention: bool = False
+    embeddings: bool = False
+    exclude: tuple[str, ...] = ()
+    batch_size: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _legal(self) -> Quantize:
+        if self.format in ("nvfp4", "mxfp8"):
+            raise ValueError(
+                f"quantize.format: {self.format} needs an NVIDIA GPU to calibrate (there are no CPU kernels "
+                "for it), one of compute capability 10.0 or newer to run, and opset 23; there is no route to "
+                "an engine here yet: use fp8 (from compute capability 8.9) or int4"
+            )
+        legal = ALGORITHMS[self.format]
+        if self.algorithm not in legal:
+            raise ValueError(
+                f"quantize.algorithm: {self.algorithm} is not for {self.format}, whose algorithms are "
+                f"{', '.join(legal)}: {WHY_NOT[self.algorithm]}"
+            )
+        if self.percentile != PERCENTILE and self.algorithm != "percentile":
+            raise ValueError("quantize.percentile is for algorithm: percentile; leave it out")
+        if self.block_size != BLOCK and self.format not in ("int4", "w4a8"):
+            raise ValueError(f"quantize.block_size is for int4 and w4a8; with {self.format} leave it out")
+        if self.attention and self.format != "fp8":
+            raise ValueError(
+                f"quantize.attention is for fp8, not {self.format}: ModelOpt quantizes the softmax's side of "
+                "attention's products in FP8 alone; leave it out"
+            )
+        return self
+
+
+WHY_NOT = {
+    "max": "",
+    "entropy": "it searches ranges of INT8 activations; FP8's exponent and weights alone have no use for it",
+    "percentile": "it cuts ranges of INT8 activations; FP8's exponent and weights alone have no use for it",
+    "smoothquant": "it moves outliers of INT8 activations into the weights",
+    "awq": "it scales the channels that 4-bit weights would lose; 8 bits do not lose them",
+}
