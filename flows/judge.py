@@ -62,7 +62,9 @@ def judge(attempt: Attempt) -> Outcome:
     )
 
     # 4. Is what the champion had learned still there?
-    previous = forgetting(champion, rival, attempt) if champion and recipe.gate.max_forgetting else None
+    previous = None
+    if champion and "champion" in judged and recipe.gate.max_forgetting is not None:
+        previous = forgetting(champion, judged["champion"], attempt)
 
     # 5. Judge, register, promote, deploy.
     verdict, measurements = decide(judged, scores, timing, attempt.dataset, recipe.gate, unmeasured, previous)
@@ -124,12 +126,10 @@ def measurable(champion: registry.Champion, attempt: Attempt) -> tuple[Engine | 
         return None, f"{why}, and it could not be built again here: {error}"
 
 
-def forgetting(
-    champion: registry.Champion, rival: Engine | None, attempt: Attempt
-) -> dict[str, Metrics] | None:
+def forgetting(champion: registry.Champion, rival: Engine, attempt: Attempt) -> dict[str, Metrics] | None:
     """Candidate and champion on the rows that the champion was held to; None where they cannot be had."""
     rows = lineage.held_out(champion.version)
-    if rival is None or rows is None:
+    if rows is None:
         return None
     old = previous_rows(rows, attempt.dataset)
     return score({"candidate": attempt.engines["candidate"], "champion": rival}, old, {}, attempt)
