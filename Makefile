@@ -10,8 +10,12 @@ HUTTO := .data/hutto_ICWSM_2014
 demo: $(VENV)/.ready $(HUTTO)
 	$(BIN)/python -m flows optimize sentiment-minilm-int8-qat-24
 
+# Two processes, a file of tests at a time; one thread each, or PyTorch's would wait for each other.
 test: $(VENV)/.ready $(HUTTO)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
+
+long: $(VENV)/.ready $(HUTTO)
+	$(BIN)/python -m pytest -q -m long
 
 fast: $(VENV)/.ready $(HUTTO)
 	$(BIN)/python -m pytest -q -m "not slow"

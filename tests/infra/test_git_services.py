@@ -46,7 +46,7 @@ from tests.infra.test_git_hook import HOOK, run
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = "digits-cnn-int8-ptq"
 PATIENCE = 400  # seconds for a pipeline on a busy machine; about 40 on an idle one
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 class Services:
