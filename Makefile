@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 HUTTO := .data/hutto_ICWSM_2014
 
-.PHONY: demo test fast check up down status clean
+.PHONY: demo test long fast check up down status clean
 
 demo: $(VENV)/.ready $(HUTTO)
 	$(BIN)/python -m flows optimize sentiment-minilm-int8-qat-24
