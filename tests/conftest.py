@@ -71,6 +71,7 @@ WORDS = ["good", "bad", "film", "book", "very", "not", "a", "the", "was", "plot"
 
 def bert_folder(folder: Path) -> Path:
     """A BERT of two layers, 32 wide, and a word tokenizer, as transformers saves them."""
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -84,6 +85,7 @@ def bert_folder(folder: Path) -> Path:
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=32,
     )  # fmt: skip
+    torch.manual_seed(0)
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 

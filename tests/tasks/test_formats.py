@@ -30,7 +30,8 @@ NEW = Export(opset=21)
 def logits(checkpoint: Checkpoint, batch: dict[str, np.ndarray]) -> np.ndarray:
     model, _ = checkpoints.restore(checkpoint)
     with torch.no_grad():
-        return np.asarray(model(**batches.tensors(batch)).logits)
+        found = model(**batches.tensors(batch))
+    return np.asarray(getattr(found, "logits", found))
 
 
 def graph_of(model: OnnxModel) -> onnx.ModelProto:
@@ -274,7 +275,9 @@ def from_here(image: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> Che
     module = types.ModuleType("test_formats_networks")
     module.same_padding, module.scaled = same_padding, scaled  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "test_formats_networks", module)
-    network, config = checkpoints.from_function(f"test_formats_networks:{function}", 10, 0)
+    network, config = checkpoints.from_function(
+        f"test_formats_networks:{function}", image.dataset.type, 10, 0
+    )
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(image.checkpoint), folder / "preprocessor")
         return checkpoints.save(network, config, folder, image.dataset.type, {})

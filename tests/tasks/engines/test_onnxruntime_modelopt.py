@@ -45,11 +45,12 @@ def bert(seed: int) -> nn.Module:
 
 
 def export(seed: int, folder: Path) -> Path:
-    from tasks.export import _fold, _trace
+    from tasks.export import _trace
+    from tasks.fold import fold
 
     folder.mkdir()
     graph = _trace(bert(seed), sentences()[0], types.load("text-classification"), 20)
-    _fold(graph)
+    fold(graph)
     onnx.save(graph, folder / "model.onnx")
     return folder
 
