@@ -17,7 +17,7 @@ import pytest
 from infra import keys
 from tests.infra.stacks import MODEL, OTHER, PASSED, Stack, free_ports, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 SERVICES = ("prefect", "mlflow", "receiver", "worker")
 
 

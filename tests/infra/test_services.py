@@ -16,7 +16,7 @@ from tests.infra.stacks import MODEL, OTHER, PASSED, Stack, until
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 SERVICES = ("prefect", "mlflow", "receiver", "worker")
 
 
@@ -79,7 +79,6 @@ def test_a_cron_schedule_makes_runs(stack: Stack) -> None:
             client.delete_deployment(made)
 
 
-@pytest.mark.long
 def test_after_a_kill_of_everything_it_goes_on_and_no_slot_is_held(stack: Stack) -> None:
     with stack.orchestration() as client:
         made = client.read_deployment_by_name("reconcile/champion")
@@ -105,7 +104,6 @@ def test_after_a_kill_of_everything_it_goes_on_and_no_slot_is_held(stack: Stack)
     assert stack.agree(stack.alias() or "")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("away", SERVICES)
 def test_a_promotion_is_done_once_whatever_was_away_meanwhile(stack: Stack, away: str) -> None:
     before, known = stack.alias(), stack.moves()

@@ -16,6 +16,7 @@ from torch import nn
 from tasks import checkpoints, export
 from tasks.engines import tensorrt_parity
 from tasks.export_scales import fill_empty
+from tasks.fold import fold
 
 
 class Dead(nn.Module):
@@ -42,8 +43,13 @@ def test_what_saw_only_zeros_exports(format: str) -> None:
         model = mtq.quantize(Dead().eval(), config, lambda network: network(rows))
     assert fill_empty(model) == ["dead.weight_quantizer", "last.input_quantizer"]
     assert fill_empty(model) == []
-    graph = export._trace(model, {"x": rows.numpy()}, {"x": {0: "batch"}}, 20)
-    export._fold(graph)
+    kind: Any = SimpleNamespace(
+        INPUTS={"x": {0: "batch"}},
+        OUTPUTS={"logits": {0: "batch"}},
+        forward=lambda network, inputs: network(**inputs).logits,
+    )
+    graph = export._trace(model, {"x": rows.numpy()}, kind, 20)
+    fold(graph)
     assert scales(graph)
     assert all((scale > 0).all() and np.isfinite(scale).all() for scale in scales(graph))
     found = tensorrt_parity.evaluate(graph, [{"x": rows.numpy()}])[0]["logits"]
