@@ -314,6 +314,7 @@ def test_pruning_takes_only_what_nothing_refers_to(second: Outcome) -> None:
     assert not [g for g in prune(days=0).garbage if orphan.sha256 in g.place]
 
 
+@pytest.mark.long
 def test_pruning_a_folder_of_its_own_leaves_what_serves(tmp_path: Path) -> None:
     environment = os.environ | {
         "ENGINEHOUSE_HOME": str(tmp_path),
