@@ -146,10 +146,9 @@ def train_on(start: Checkpoint, data: Dataset, recipe: Recipe, before: Recipe) -
 
     Ranges are calibrated again first. Another way of compressing starts from the same weights without any.
     """
-    section = recipe.retrain or recipe.qat
-    if section and (recipe.sparsify, recipe.quantize) == (before.sparsify, before.quantize) and recipe.qat:
+    if recipe.qat and (recipe.sparsify, recipe.quantize) == (before.sparsify, before.quantize):
         ranged = recalibrate(start, data, recipe.quantize) if recipe.quantize else start
-        return finetune(ranged, data, section)
+        return finetune(ranged, data, recipe.retrain or recipe.qat)
     dense = strip(start)
     training = recipe.retrain or recipe.finetune
     if training:

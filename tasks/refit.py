@@ -68,8 +68,6 @@ def refit(model: OnnxModel, checkpoint: Checkpoint, dataset: Dataset, champion: 
 def _stranger(model: OnnxModel, champion: Engine) -> str:
     """Why the plan cannot be this model's, before anything is tried; empty when it may be."""
     plan, runtime = champion.plan, module(champion.plan.runtime)
-    if champion.weights is None:
-        return "the champion's plan holds its weights and takes no others"
     version = runtime.version() if plan.runtime == "onnxruntime" else runtime.version(plan.runtime)
     for what, theirs, ours in (("version", plan.version, version), ("device", plan.device, runtime.device())):
         if theirs != ours:
