@@ -35,8 +35,9 @@ LEVEL = 2  # optimization level of the CLIP builds: 3 takes about twice as long
 
 
 def refit(clip: Path, report: Report) -> None:
-    """FP16 refit with another training's weights: seconds, parity, tax; `rebuild8` is what it saves.
+    """FP16 refit with another training's weights: seconds, parity, tax; then the rebuild that it saves.
 
+    That is the second training built from nothing, without a timing cache and then with that build's own.
     A fixed batch of 8: a plan of one shape builds in half the time, and the trial's evaluator is NumPy.
     """
     feed, first, second = _few(clip)
@@ -52,24 +53,9 @@ def refit(clip: Path, report: Report) -> None:
         )
         rows.append(done.facts)
         report.add("refits", rows)
-
-
-def rebuild8(clip: Path, report: Report) -> None:
-    """The second training built from nothing at that batch, without a timing cache and then with one."""
-    feed, _, second = _few(clip)
-    folder = _kept(report)
+    how |= {"reference": second, "refit": "never", "timing_cache": str(folder / "cache")}
     for title, out in (("rebuild", "c"), ("rebuild with the timing cache of that one", "d")):
-        again = tensorrt.build(
-            clip / "second",
-            folder / out,
-            samples=feed,
-            profiles=_fixed(feed[0]),
-            level=LEVEL,
-            reference=second,
-            refit="never",
-            timing_cache=str(folder / "cache"),
-        )
-        report.add(title, asdict(again))
+        report.add(title, asdict(tensorrt.build(clip / "second", folder / out, **how)))
 
 
 def rebuild(clip: Path, report: Report) -> None:
@@ -208,7 +194,6 @@ def _against(held: Recorded, feed: Any, right: dict[str, Any]) -> dict[str, Any]
 
 STEPS: dict[str, Callable[[Path, Report], None]] = {
     "refit": refit,
-    "rebuild8": rebuild8,
     "rebuild": rebuild,
     "int8refit": int8refit,
     "int8trial": int8trial,

@@ -33,7 +33,7 @@ def rounds(clip: Path, report: Report) -> None:
         report, "perceptron", {"fp16": plans["fp16"], "again": plans["fp16"], "int8": plans["int8"]}, feed
     )
     left = {
-        "plain": report.path.parent / "rebuild8/c/plan",
+        "plain": report.path.parent / "refit/c/plan",
         "refittable": report.path.parent / "refit/a/plan",
     }
     if all((plan / "plan.json").exists() for plan in left.values()):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -92,7 +95,7 @@ def _opened(
     """A plan built here: its row, and a session on it."""
     built = _build_here(folder, kind, options, profiles)
     proof = tensorrt.proof(folder / "plan")
-    row = {"build_seconds": built["seconds"], "bytes": built["bytes"]}
+    row = {"build_seconds": built["seconds"], "bytes": built["bytes"], "tried": built["tried"]}
     row |= {k: proof[k] for k in ("sparse_share", "quantized_share", "tactics", "types")}
     return row, TensorRTSession(load(folder / "plan")[0])
 
@@ -134,7 +137,7 @@ def _build_here(folder: Path, kind: str, options: Options, profiles: list[Any]) 
         False,
         None,
     )
-    made = tensorrt_build.build_here(job)
+    made = _overheard(job)
     gpu = api.gpu()
     assert gpu is not None
     manifest = {
@@ -149,3 +152,25 @@ def _build_here(folder: Path, kind: str, options: Options, profiles: list[Any]) 
     }
     choose.seal(manifest, job, {**choose.NO_REFIT, "reason": ""})
     return made
+
+
+def _overheard(job: tensorrt_build.Job) -> dict[str, Any]:
+    """The build, and what the builder says of sparsity and of the kernels that it timed."""
+    api.use("tensorrt")
+    from polygraphy.logger import G_LOGGER
+
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE):
+        made = tensorrt_build.build_here(job)
+    return made | {"tried": kernels(told.getvalue())}
+
+
+def kernels(log: str) -> dict[str, Any]:
+    """Sparse and dense kernels in a builder's verbose log: how many were timed, the fastest of each."""
+    timed: dict[str, list[tuple[float, str]]] = {"sparse": [], "dense": []}
+    for name, milliseconds in re.findall(r"Tactic Name: (\S+) Tactic: \S+ Time: ([\d.]+)", log):
+        if "gemm" in name or "conv" in name or "fprop" in name:
+            timed["sparse" if "sparse" in name else "dense"].append((float(milliseconds), name))
+    said = list(dict.fromkeys(line.strip()[:300] for line in log.splitlines() if "Sparsity" in line))
+    found = {kind: {"timed": len(rows), "fastest": min(rows, default=None)} for kind, rows in timed.items()}
+    return {**found, "said": said[:10], "lines": log.count("\n")}

@@ -105,7 +105,8 @@ def use(flavor: Flavor) -> Any:
         raise InputError(f"{flavor} does not import ({error}): pip install {name}") from error
     from polygraphy.logger import G_LOGGER
 
-    G_LOGGER.module_severity = G_LOGGER.ERROR
+    if G_LOGGER.module_severity.get() == G_LOGGER.INFO:  # Polygraphy's default; another choice stays
+        G_LOGGER.module_severity = G_LOGGER.ERROR
     return module
 
 
