@@ -45,5 +45,5 @@ cp "$here/unpack.sh" "$dir/p01/"
 # zstandard for the host's own Python, to unpack with (CPython 3.12 there).
 "$py" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d "$work" zstandard
-cp "$work"/zstandard-*.whl "$dir/p01/"
+cp "$work"/zstandard-*.whl "$dir/p$n/"  # the last folder, which is the smallest
 ls -d "$dir"/p[0-9][0-9] | tr '\n' ' '; echo; du -sm "$dir"/p[0-9][0-9] | awk '{s+=$1} END {print NR" folders, "s" MB"}'

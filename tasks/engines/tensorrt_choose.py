@@ -62,7 +62,8 @@ def build(manifest: Facts, job: tensorrt_build.Job, samples: Samples, expected: 
     refit: Facts = {**NO_REFIT, "reason": "the recipe says never"}
     if job.options.refit != "never":
         other = replace(job, plan=str(plan.parent.parent / "refittable" / plan.name), refit=True)
-        refit = _try_refittable(manifest, other, samples, expected, facts)
+        plain = {**facts, "bytes": plan.stat().st_size}
+        refit = _try_refittable(manifest, other, samples, expected, plain)
         if refit["safe"]:
             shutil.rmtree(plan.parent)
             Path(other.plan).parent.rename(plan.parent)

@@ -79,6 +79,7 @@ def refit_engine(
         found = {name: numpy_helper.to_array(tensor) for name, tensor in weights.tensors(model).items()}
         made = constants_of.arrays(manifest["refit"].get("constants", {}))
         kept = _give_named(refitter, names, {**made, **found}, held)
+        names = list(kept)
     else:
         kept = _give_onnx(trt, refitter, path, held)
     if missing := list(refitter.get_missing_weights()):
@@ -91,17 +92,15 @@ def refit_engine(
 
 def _give_named(
     refitter: Any, names: list[str], found: Mapping[str, np.ndarray], held: Recorded
-) -> list[np.ndarray]:
-    """TensorRT 8.6: every refittable weight by name."""
+) -> dict[str, np.ndarray]:
+    """TensorRT 8.6: every refittable weight by name, but for booleans, which it lists and then refuses."""
     if lacking := sorted(set(names) - set(found)):
         raise RefitError(f"the model has no tensor for {lacking[:5]} ({len(lacking)} in all)")
-    arrays = []
-    for name in names:
-        array = as_8_6(found[name])
-        arrays.append(array)
+    given = {name: as_8_6(found[name]) for name in names if found[name].dtype != bool}
+    for name, array in given.items():
         if not refitter.set_named_weights(name, array):
             raise RefitError(f"weights {name} were refused: {held.said()}")
-    return arrays
+    return given
 
 
 def as_8_6(array: np.ndarray) -> np.ndarray:
