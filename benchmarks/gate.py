@@ -64,10 +64,10 @@ def equal() -> Table:
 def refusals(n: int, discordance: float, drop: float) -> tuple[Any, Any, Any]:
     """Of equally good engines: refused by the interval, as coarse, and as worse, not called coarse."""
     wins, losses = counts(n, discordance, 0.0, seed=n)
-    low, high = statistics.tango(wins, losses, n, CONFIDENCE)
+    low, _ = statistics.tango(wins, losses, n, CONFIDENCE)
     value, floor = np.array([told(int(k), n) for k in wins + losses]).T
-    refused, open_ = low <= -drop, (low < 0) & (high > -drop)
-    return refused, (floor > drop) & open_, refused & ((value <= drop) | ~open_)
+    refused = low <= -drop
+    return refused, floor > drop, refused & (value <= drop)
 
 
 def needed() -> Table:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gate_tables import CONFIDENCE, TRIALS, Table, percent, table
-from tasks import statistics
+from recipes.schema import Benchmark
+from tasks import benchmark, statistics
 
 ENGINE_TRIALS, ROUNDS, CALLS = 100, 30, 20
 SLOWER = (0.0, 0.03, 0.05, 0.10)
@@ -31,14 +32,30 @@ def simulated_rounds() -> Table:
     yield ["rounds", "noise of a round", *(f"true {1 + s:.2f}" for s in SLOWER), "told: 1.03", "1.05", "1.10"]
     for count in (6, 10, 20, 40):
         for noise in (0.02, 0.05):
-            generator, ends = np.random.default_rng(count), []
-            for seed in range(TRIALS // 2):
-                pair = [round_times(generator, count, noise) for _ in range(2)]
-                ends.append(statistics.bootstrap_rounds(pair[0], pair[1], CONFIDENCE, seed)[1])
-            low, high = np.array(ends).T
-            passed = [percent(high * (1 + slower) <= 1.05) for slower in SLOWER]
-            told = [percent(low * (1 + slower) > 1) for slower in SLOWER[1:]]
-            yield [str(count), f"{100 * noise:g} %", *passed, *told]
+            yield [str(count), f"{100 * noise:g} %", *simulated(noise, count, count)[0]]
+    for noise in (0.02, 0.05, 0.1):
+        row, taken = simulated(noise, 30, 120)
+        yield [f"30 to 120, {taken:.0f} on average", f"{100 * noise:g} %", *row]
+
+
+def simulated(noise: float, least: int, most: int) -> tuple[list[str], float]:
+    """Shares passed and told at each slowdown, and the rounds taken, as the stage `benchmark` takes them."""
+    generator, ends, taken = np.random.default_rng(least), [], []
+    for seed in range(TRIALS // 2):
+        pair = [round_times(generator, most, noise) for _ in range(2)]
+        count = next((n for n in range(least, most, 10) if settled(pair, n)), most)
+        ends.append(statistics.bootstrap_rounds(pair[0][:count], pair[1][:count], CONFIDENCE, seed)[1])
+        taken.append(count)
+    low, high = np.array(ends).T
+    passed = [percent(high * (1 + slower) <= 1.05) for slower in SLOWER]
+    told = [percent(low * (1 + slower) > 1) for slower in SLOWER[1:]]
+    return [*passed, *told], float(np.mean(taken))
+
+
+def settled(pair: list[Any], count: int) -> bool:
+    """The stage's own rule on the first `count` rounds."""
+    found = [[[seconds] for seconds in times[:count]] for times in pair]
+    return benchmark.half_width(found[0], found[1]) <= Benchmark().precision
 
 
 def round_times(generator: Any, count: int, noise: float) -> Any:

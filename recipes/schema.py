@@ -59,12 +59,25 @@ class Drift(Section):
 
 
 class Benchmark(Section):
-    """Interleaved rounds of every engine at each batch size; a round lasts at least `round_ms`."""
+    """Interleaved rounds of every engine at each batch size; a round lasts at least `round_ms`.
+
+    Beside a champion there are more, up to `max_rounds`, until half the interval of candidate / champion
+    is at most `precision`: its limit is close to 1, and a few noisy rounds would refuse an equal engine.
+    """
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), min_length=1)
     rounds: int = Field(30, ge=6)
     round_ms: float = Field(20, ge=1)
     warmup: int = Field(3, ge=1)
+    max_rounds: int | None = Field(None, ge=6)
+    """Four times `rounds` where none is given."""
+    precision: float = Field(0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _enough(self) -> Benchmark:
+        if self.max_rounds and self.max_rounds < self.rounds:
+            raise ValueError(f"benchmark.max_rounds: {self.max_rounds} is less than rounds ({self.rounds})")
+        return self
 
 
 class Triton(Section):

@@ -9,6 +9,7 @@ import json
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from recipes.schema import Benchmark
-from tasks import batches, peak_memory, store, timing, types
+from tasks import batches, peak_memory, statistics, store, timing, types
 from tasks.artifacts import Dataset, Engine, Metrics
-from tasks.measurements import latency_summary
+from tasks.measurements import CANDIDATE, CHAMPION, Rounds, latency_summary
 from tasks.running import opened
 from tasks.stage import stage
 
@@ -43,9 +44,10 @@ def benchmark(
         rounds = timing.interleaved(
             sessions,
             inputs,
-            rounds=tqdm(range(section.rounds), desc="benchmark", unit="round"),
+            rounds=tqdm(range(section.max_rounds or 4 * section.rounds), desc="benchmark", unit="round"),
             round_ms=section.round_ms,
             warmup=section.warmup,
+            enough=partial(precise, section),
         )
         largest = max(section.batch_sizes)
         memory = {
@@ -67,7 +69,7 @@ def benchmark(
         "load_after": os.getloadavg()[0],
         "clocks_mhz": _clocks(),
         "memory": {name: asdict(used) for name, used in memory.items()},
-        "rounds": section.rounds,
+        "rounds": len(next(iter(rounds[CANDIDATE].values()))),
         "round_ms": section.round_ms,
         "warmup": section.warmup,
         "shapes": {
@@ -76,6 +78,30 @@ def benchmark(
         },
     }
     return Metrics(values, blob, facts)
+
+
+def precise(section: Benchmark, found: timing.Seconds) -> bool:
+    """Enough rounds, and (each tenth is asked) candidate to champion is known to within `precision`.
+
+    The champion's limit is close to 1, so that it takes more rounds than the baseline's; how wide the
+    interval is decides, never where it lies, or rounds would go on until they look right.
+    """
+    done = len(next(iter(found[CANDIDATE].values())))
+    if done < section.rounds or CHAMPION not in found:
+        return done >= section.rounds
+    if done % 10:
+        return False
+    return all(
+        half_width(rounds, found[CHAMPION][size]) <= section.precision
+        for size, rounds in found[CANDIDATE].items()
+    )
+
+
+def half_width(rounds: Rounds, others: Rounds) -> float:
+    """Half the 95 % interval of the ratio of two engines' paired rounds, as a share of the ratio."""
+    ours, theirs = (np.array([np.median(calls) for calls in each]) for each in (rounds, others))
+    ratio, (low, high) = statistics.bootstrap_rounds(ours, theirs, 0.95, seed=len(ours))
+    return (high - low) / 2 / ratio
 
 
 def _batch(dataset: Dataset, engine: Engine, size: int) -> types.Example:

@@ -127,25 +127,24 @@ def sensitivity(
 ) -> Rule:
     """Whether these examples can tell the allowed drop from noise.
 
-    What they can tell is an estimate with an interval, too. Where all of it is above what is allowed, chance
-    decides, and a pass does not count; where only the estimate is, it explains a refusal and leaves a pass
-    alone. A candidate that is shown to be no worse, or worse than allowed, has been seen well enough.
+    What they can tell is an estimate and stated as its interval. A set of which all of it is above what is
+    allowed is too coarse: chance decides, and a pass does not count. Where the limit lies within, coarseness
+    explains a refusal and leaves a pass alone.
     """
     value, ends = found.detectable
-    worst, best = found.difference if how.higher_is_better else (-x for x in reversed(found.difference))
-    shown = worst >= 0 or best <= -allowed
-    coarse = value > allowed and not shown and (ends[0] > allowed or worst <= -allowed)
+    worst = found.difference[0] if how.higher_is_better else -found.difference[1]
+    coarse = ends[0] > allowed or (value > allowed and worst <= -allowed)
     unit, points = (100, " points") if how.points else (1, "")
-    text = texts([unit * x for x in (value, *ends, allowed)])
+    text = texts([unit * x for x in (*ends, allowed)])
     sentence = (
-        f"{rows[0]} {rows[1]} can tell a drop of {text[0]}{points} of {how.name} from noise "
-        f"({text[1]} to {text[2]}), allowed {text[3]}"
+        f"{rows[0]} {rows[1]} can tell a drop of {text[0]} to {text[1]}{points} of {how.name} from noise, "
+        f"allowed {text[2]}"
     )
     if coarse:
         warning = " (warning)" if gate.on_coarse == "warn" else ""
         sentence += f": too coarse, take more examples or allow more{warning}"
     elif value > allowed:
-        sentence += f": coarse, but {'this difference is beyond doubt' if shown else 'it passed'}"
+        sentence += ": hardly fine enough"
     passed = not coarse or gate.on_coarse == "warn"
     return Rule(name, passed, sentence, value, allowed, ends, {"examples": rows[0], "coarse": coarse})
 

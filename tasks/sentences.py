@@ -33,10 +33,11 @@ def percent(confidence: float) -> str:
 
 
 def texts(values: list[float], digits: int = 1) -> list[str]:
-    """Numbers with just enough decimals that the last, a limit, does not look equal to another it is not."""
+    """Numbers with just enough decimals that the last, a limit, is exact and looks equal to no other."""
     for more in range(digits, digits + 4):
         found = [f"{x:.{more}f}" for x in values]
         limit, others = values[-1], [abs(x) for x in values[:-1]]
-        if all(isclose(x, limit) or f"{x:.{more}f}" != f"{limit:.{more}f}" for x in others):
+        exact = isclose(float(found[-1]), limit)
+        if exact and all(isclose(x, limit) or f"{x:.{more}f}" != found[-1] for x in others):
             break
     return found

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from tasks.engines.common import Arrays, OnDevice, Session
 
 Feeds = Mapping[str, Mapping[int, Arrays]]  # engine -> batch size -> one batch
+Seconds = dict[str, dict[int, list[list[float]]]]  # engine -> batch size -> round -> calls
 
 
 def interleaved(
@@ -21,16 +22,22 @@ def interleaved(
     rounds: Iterable[int],
     round_ms: float,
     warmup: int,
-) -> dict[str, dict[int, list[list[float]]]]:
-    """Seconds of each call, engine -> batch size -> round; every other round goes through them backwards."""
+    enough: Callable[[Seconds], bool] = lambda found: False,
+) -> Seconds:
+    """Seconds of each call; every other round goes through the engines backwards.
+
+    After each round `enough` may end them; it must ask how precise they are, never how they look.
+    """
     names = list(sessions)
     sizes = list(feeds[names[0]])
     calls = {size: _calls(sessions, feeds, size, round_ms, warmup) for size in sizes}
-    found: dict[str, dict[int, list[list[float]]]] = {name: {size: [] for size in sizes} for name in names}
+    found: Seconds = {name: {size: [] for size in sizes} for name in names}
     for number in rounds:
         for size, count in calls.items():
             for name in names if number % 2 == 0 else reversed(names):
                 found[name][size].append(seconds(sessions[name], feeds[name][size], count))
+        if enough(found):
+            break
     return found
 
 

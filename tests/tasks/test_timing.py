@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from recipes.schema import Benchmark
 from tasks import timing
+from tasks.benchmark import precise
 from tasks.engines.common import OnDevice
 
 FEED = {"x": np.zeros((1, 2), np.float32)}
@@ -65,3 +67,36 @@ def test_a_tensorrt_session_times_itself() -> None:
 
     assert issubclass(TensorRTSession, OnDevice)
     assert TensorRTSession.latencies.__code__.co_varnames[:4] == ("self", "feed", "count", "warmup")
+
+
+def test_rounds_go_on_until_they_are_enough() -> None:
+    order: list[str] = []
+    sessions = {"a": Clocked("a", order)}
+    found = timing.interleaved(
+        sessions,
+        {"a": {4: FEED}},
+        rounds=range(9),
+        round_ms=7,
+        warmup=1,
+        enough=lambda s: len(s["a"][4]) == 3,
+    )
+    assert len(found["a"][4]) == 3
+
+
+def test_a_noisy_champion_gets_more_rounds_and_a_quiet_or_absent_one_none() -> None:
+    section = Benchmark(batch_sizes=(1,))
+    quiet = {"candidate": _rounds(30, 0.01), "champion": _rounds(30, 0.01)}
+    noisy = {"candidate": _rounds(30, 0.2), "champion": _rounds(30, 0.2)}
+    assert precise(section, quiet)
+    assert not precise(section, noisy)
+    assert not precise(section, {"candidate": _rounds(20, 0.01), "champion": _rounds(20, 0.01)})
+    assert precise(section, {"candidate": noisy["candidate"], "baseline": noisy["champion"]})
+    slower = {"candidate": {1: [[2 * call for call in calls] for calls in quiet["candidate"][1]]}}
+    assert precise(section, {**quiet, **slower}), "how wide the interval is decides, not where it lies"
+
+
+RANDOM = np.random.default_rng(0)
+
+
+def _rounds(count: int, noise: float) -> dict[int, list[list[float]]]:
+    return {1: [[float(np.exp(noise * RANDOM.standard_normal()))] for _ in range(count)]}

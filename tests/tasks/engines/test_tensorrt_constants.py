@@ -164,7 +164,7 @@ def test_newer_versions_are_refitted_by_their_parser() -> None:
 def test_a_trial_seals_them_for_every_later_refit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found once, at the smallest shape of the plan; opening the plan later reads them from its manifest."""
     onnx.save(net(), tmp_path / "model.onnx")
-    held, opened = Held(SIZE, UNNAMED, "b"), manifest(identical=None)
+    held, opened = Held(SIZE, UNNAMED), manifest(identical=None)
 
     class Right:
         """A session whose outputs are right."""
@@ -188,5 +188,5 @@ def test_a_trial_seals_them_for_every_later_refit(tmp_path: Path, monkeypatch: p
     found = choose.trial(tmp_path, job, [FEED], [{}], made)
     assert {name: one["values"] for name, one in found["constants"].items()} == {SIZE: [1, -1], UNNAMED: [7]}
     assert found["fixed"] == {}
-    assert found["weights"] == 5
+    assert found["weights"] == 4
     assert api.weakly_typed("tensorrt", opened["version"])
