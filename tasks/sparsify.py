@@ -26,7 +26,7 @@ def sparsify(checkpoint: Checkpoint, dataset: Dataset, section: Sparsify) -> Che
     model.to(checkpoints.device())
     looked_at = _prunable(model)
     checkpoints.excluded(looked_at, section.exclude, "sparsify.exclude")
-    _prune(model, section, batches.forward_loop(dataset, batches.preprocessor(checkpoint), 16, "sparsify"))
+    prune(model, section, batches.forward_loop(dataset, batches.preprocessor(checkpoint), 16, "sparsify"))
     counts = checkpoints.sparsity(model)
     if not counts:
         raise InputError(
@@ -52,12 +52,12 @@ def _prunable(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
 
-def _prune(model: nn.Module, section: Sparsify, loop: Callable[[nn.Module], None]) -> None:
+def prune(model: nn.Module, section: Sparsify, loop: Callable[[nn.Module], None]) -> None:
+    """Give the network its 2:4 masks; only SparseGPT runs `loop`."""
     with checkpoints.quiet():
         import modelopt.torch.sparsity as mts
 
         rules: dict[str, Any] = {"*": {}, **dict.fromkeys(section.exclude)}
         mode = {"magnitude": "sparse_magnitude", "sparsegpt": "sparsegpt"}[section.method]
-        # Only SparseGPT looks at data.
         config = {"forward_loop": loop} if section.method == "sparsegpt" else {}
         mts.sparsify(model, [(mode, {"nn.Linear": rules, "nn.Conv2d": rules})], config=config)

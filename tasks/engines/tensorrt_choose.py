@@ -150,7 +150,8 @@ def trial(
             onnx.save(other, path)
             tensorrt_refit.refit_engine(held, manifest, path, other)
         with TensorRTSession(held) as session:
-            tried["other"] = tensorrt_parity.verify(session, sample, right, refit["fresh_error"])
+            # Half precision's own error is another with other weights; a refit that lies is off by about 1.
+            tried["other"] = tensorrt_parity.verify(session, sample, right, 2 * refit["fresh_error"])
     start = time.perf_counter()
     names = tensorrt_refit.refit_engine(held, manifest, source, model)
     seconds = time.perf_counter() - start

@@ -16,6 +16,7 @@ from tasks.engines import tensorrt_constants as constants_of
 from tasks.engines import tensorrt_weights as weights
 from tasks.engines.common import RefitError, graph_digest, model_file
 from tasks.engines.tensorrt_run import Recorded, TensorRTSession, load
+from tasks.engines.tensorrt_unfold import unfolded
 from tasks.errors import InputError
 
 
@@ -76,7 +77,8 @@ def refit_engine(
     if not names:
         raise RefitError("the engine has no refittable weights")
     if api.weakly_typed(manifest["runtime"], manifest["version"]):
-        found = {name: numpy_helper.to_array(tensor) for name, tensor in weights.tensors(model).items()}
+        tensors = weights.tensors(unfolded(model))
+        found = {name: numpy_helper.to_array(tensor) for name, tensor in tensors.items()}
         made = constants_of.arrays(manifest["refit"].get("constants", {}))
         kept = _give_named(refitter, names, {**made, **found}, held)
         names = list(kept)

@@ -1,0 +1,321 @@
+"""Calibration, SparseGPT and QAT on a GPU, against the same calls in a bare script; NVFP4 and MXFP8.
+
+python -m benchmarks.gpu REPORT.json [PART …] [--small]     parts: calibrate, sparsegpt, qat, formats
+
+A BERT of 335 million parameters (BERT-large's shape, bytes as tokens, random weights: speed and memory
+only). "Pipeline" is the stage's own function, without Prefect's few milliseconds; "bare" is what one would
+type into a script with ModelOpt and the Trainer, on the same rows in the same batches. They take turns, the
+first of which (compilation of kernels) is left out. `--small` tries the script out on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recipes.compress import Finetune, Quantize, Sparsify
+from tasks import batches, calibrate, checkpoints, finetune, layers, sparsify, store
+from tasks.artifacts import Checkpoint, Dataset
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TASK, LENGTH, LABELS = "text-classification", 128, ("left", "right")
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+ROWS = {"calibration": 1024, "train": 1600, "test": 8}
+BATCH, TURNS = 32, 2
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def network(labels: int) -> Any:
+    """A BERT over bytes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = SMALL if os.environ.get("BENCHMARK_SMALL") else LARGE
+    config = BertConfig(vocab_size=256, num_labels=labels, attn_implementation="eager", **shape)
+    return BertForSequenceClassification(config)
+
+
+def prepared() -> tuple[Checkpoint, Dataset]:
+    """Untrained weights and random sentences, in the store."""
+    import shutil
+
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    model, config = checkpoints.from_function("benchmarks.gpu:network", TASK, len(LABELS), 0)
+    with store.staging() as folder:
+        shutil.copytree(ROOT / "recipes/bytes_tokenizer", folder / "preprocessor")
+        settings = {"type": TASK, "labels": list(LABELS), "max_length": LENGTH}
+        (folder / "preprocessor/settings.json").write_text(json.dumps(settings))
+        facts = {"parameters": checkpoints.parameters(model)}
+        checkpoint = checkpoints.save(model, config, folder, TASK, facts)
+    random = np.random.default_rng(0)
+    small = 64 if os.environ.get("BENCHMARK_SMALL") else 1
+    rows = {part: max(count // small, 8) for part, count in ROWS.items()}
+    with store.staging() as folder:
+        for part, count in rows.items():
+            letters = random.integers(97, 123, (count, LENGTH)).astype(np.uint8)
+            texts = [bytes(row).decode() for row in letters]
+            table = {"text": texts, "label": random.integers(0, 2, count)}
+            pq.write_table(pyarrow.table(table), folder / f"{part}.parquet")
+        return checkpoint, Dataset(store.commit(folder), TASK, LABELS, rows)
+
+
+def bare_batches(checkpoint: Checkpoint, dataset: Dataset) -> list[dict[str, Any]]:
+    """The calibration rows, tokenized in batches as a script would."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(batches.preprocessor(checkpoint))
+    texts = pq.read_table(store.path(dataset.blob) / "calibration.parquet")["text"].to_pylist()
+    return [
+        dict(tokenizer(texts[k : k + BATCH], truncation=True, max_length=LENGTH, return_tensors="pt"))
+        for k in range(0, len(texts), BATCH)
+    ]
+
+
+def bare_loop(checkpoint: Checkpoint, dataset: Dataset) -> Callable[[nn.Module], None]:
+    """Every calibration row through a network."""
+
+    def loop(model: nn.Module) -> None:
+        for batch in bare_batches(checkpoint, dataset):
+            model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+
+    return loop
+
+
+def one(part: str, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
+    """Seconds, samples a second and peak device memory of one call, and what it made."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    model, _ = checkpoints.restore(checkpoint)
+    model.to(checkpoints.device())
+    work = PARTS[part](model, who, kind, checkpoint, dataset)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    samples = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    made = {
+        "quantizers": len(checkpoints.quantizers(model)),
+        "sparse": len(checkpoints.sparse_modules(model)),
+    }
+    return {"seconds": seconds, "samples_per_second": samples / seconds, "peak_bytes": memory, **made}
+
+
+def of_calibrate(
+    model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset
+) -> Callable[[], int]:
+    """Quantizers whose ranges are settled by every calibration row."""
+    section = Quantize(format=kind, batch_size=BATCH, exclude=("classifier",))
+
+    def pipeline() -> int:
+        loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), BATCH, "calibrate")
+        calibrate.quantized(model, section, loop)
+        return dataset.rows["calibration"]
+
+    def bare() -> int:
+        import modelopt.torch.quantization as mtq
+        import torch
+
+        with torch.no_grad():
+            mtq.quantize(
+                model,
+                calibrate.quant_config(section, layers.quantizable(model)),
+                bare_loop(checkpoint, dataset),
+            )
+        return dataset.rows["calibration"]
+
+    return pipeline if who == "pipeline" else bare
+
+
+def of_sparsegpt(
+    model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset
+) -> Callable[[], int]:
+    """A 2:4 mask by SparseGPT."""
+    section = Sparsify(method="sparsegpt", exclude=("classifier",))
+
+    def pipeline() -> int:
+        loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), BATCH, "sparsify")
+        sparsify.prune(model, section, loop)
+        return dataset.rows["calibration"]
+
+    def bare() -> int:
+        import modelopt.torch.sparsity as mts
+
+        rules: dict[str, Any] = {"nn.Linear": {"*": {}, "classifier": None}}
+        mts.sparsify(model, [("sparsegpt", rules)], config={"forward_loop": bare_loop(checkpoint, dataset)})
+        return dataset.rows["calibration"]
+
+    return pipeline if who == "pipeline" else bare
+
+
+def of_qat(model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> Callable[[], int]:
+    """Training with the quantizers on."""
+    import modelopt.torch.quantization as mtq
+    import torch
+
+    section = Quantize(format=kind, batch_size=BATCH, exclude=("classifier",))
+    rules = calibrate.quant_config(section, layers.quantizable(model))
+    few = bare_batches(checkpoint, dataset)[:2]
+    with torch.no_grad():
+        mtq.quantize(
+            model, rules, lambda net: [net(**{k: v.to(net.device) for k, v in b.items()}) for b in few]
+        )
+    training = Finetune(epochs=1, batch_size=BATCH)
+    scratch = Path(tempfile.mkdtemp())
+
+    def pipeline() -> int:
+        finetune._trainer(model, checkpoint, dataset, training, scratch).train()
+        return dataset.rows["train"]
+
+    def bare() -> int:
+        _bare_trainer(model, checkpoint, dataset, training, scratch).train()
+        return dataset.rows["train"]
+
+    return pipeline if who == "pipeline" else bare
+
+
+def _bare_trainer(
+    model: Any, checkpoint: Checkpoint, dataset: Dataset, section: Finetune, scratch: Path
+) -> Any:
+    """The Trainer as its documentation has it, with the same schedule."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(batches.preprocessor(checkpoint))
+    table = pq.read_table(store.path(dataset.blob) / "train.parquet").to_pydict()
+    encoded = tokenizer(table["text"], truncation=True, max_length=LENGTH)
+    rows = [
+        {"input_ids": ids, "attention_mask": mask, "labels": label}
+        for ids, mask, label in zip(
+            encoded["input_ids"], encoded["attention_mask"], table["label"], strict=True
+        )
+    ]
+    steps = len(rows) // BATCH
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=section.learning_rate,
+        warmup_steps=int(section.warmup_ratio * steps),
+        weight_decay=section.weight_decay,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=max(1, steps // 50),
+    )
+    return Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+PARTS: dict[str, Callable[..., Callable[[], int]]] = {
+    "calibrate": of_calibrate,
+    "sparsegpt": of_sparsegpt,
+    "qat": of_qat,
+}
+KINDS = {"calibrate": ("int8", "fp8"), "sparsegpt": ("2:4",), "qat": ("int8", "fp8")}
+KINDS |= {"formats": ("NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG")}
+
+
+def of_format(name: str, checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
+    """NVFP4 or MXFP8: calibrated, run and exported, compared with the plain network."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
+
+    model, _ = checkpoints.restore(checkpoint)
+    model.to(checkpoints.device())
+    batch = {k: v.to(model.device) for k, v in bare_batches(checkpoint, dataset)[0].items()}
+    found: dict[str, Any] = {}
+    try:
+        with torch.no_grad():
+            plain = model(**batch).logits
+            mtq.quantize(model, getattr(mtq, name), bare_loop(checkpoint, dataset))
+            quantized = model(**batch).logits
+        found["cosine"] = float(
+            torch.nn.functional.cosine_similarity(plain.flatten(), quantized.flatten(), 0)
+        )
+        found["quantizers"] = len(checkpoints.quantizers(model))
+        found["changed"] = bool((plain != quantized).any())
+        packed, _ = get_onnx_bytes_and_metadata(
+            model, (batch,), weights_dtype="fp32", onnx_opset=23, dynamo_export=False, model_name="bert"
+        )
+        onnx_bytes = OnnxBytes.from_bytes(packed).get_onnx_model_file_bytes()
+        found |= _described(onnx_bytes)
+    except Exception as error:  # what happened belongs in the report
+        found["error"] = f"{type(error).__name__}: {error}"[:600]
+    return found
+
+
+def _described(data: bytes) -> dict[str, Any]:
+    from collections import Counter
+
+    import onnx
+
+    model = onnx.load_from_string(data)
+    kinds = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph.node)
+    types = Counter(onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer)
+    quantizing = {
+        kind: count for kind, count in kinds.items() if "Quantize" in kind or "FP4" in kind or "MX" in kind
+    }
+    return {
+        "onnx_bytes": len(data),
+        "opsets": {o.domain: o.version for o in model.opset_import},
+        "nodes": quantizing,
+        "initializers": dict(types),
+    }
+
+
+def main() -> None:
+    """Each measurement in turns; the report is written after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("parts", nargs="*", default=[*PARTS, "formats"])
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    if given.small:
+        os.environ["BENCHMARK_SMALL"] = "1"
+    os.environ.setdefault("ENGINEHOUSE_HOME", tempfile.mkdtemp())
+    store.prepare()
+    checkpoint, dataset = prepared()
+    report: dict[str, Any] = {"device": device(), "parameters": checkpoint.facts["parameters"]}
+    for part, kind in ((name, kind) for name in given.parts for kind in KINDS[name]):
+        for turn in range(1 + TURNS if part in PARTS else 1):
+            for who in ("pipeline", "bare") if part in PARTS else ("formats",):
+                if who == "formats":
+                    row = of_format(kind, checkpoint, dataset)
+                else:
+                    row = one(part, who, kind, checkpoint, dataset)
+                report.setdefault(f"{part} {kind} {who}", []).append(row)
+                given.report.write_text(json.dumps(report, indent=1))
+                print(part, kind, who, turn, json.dumps(row)[:1500], flush=True)
+
+
+def device() -> str:
+    """The GPU's name, and how many."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
