@@ -44,7 +44,8 @@ class Quantize(Section):
     """Calibration with ModelOpt over `data.split.calibration` rows; docs/formats.md says what each can do.
 
     `block_size` is of INT4's scales, along K; `percentile` of activations that stay in range. `attention`
-    quantizes attention's own matrix products, too. `embeddings` of int4 and w4a8 are INT8.
+    quantizes attention's own matrix products, too. `embeddings` of int4 and w4a8 are INT8. With
+    `effective_bits` the layers that lose most stay as they are, so that weights take as many bits on average.
     """
 
     format: Format
@@ -54,6 +55,7 @@ class Quantize(Section):
     attention: bool = False
     embeddings: bool = False
     exclude: tuple[str, ...] = ()
+    effective_bits: float | None = Field(None, lt=16)
     batch_size: int = Field(32, ge=1)
 
     @model_validator(mode="after")
@@ -74,6 +76,12 @@ class Quantize(Section):
             raise ValueError("quantize.percentile is for algorithm: percentile; leave it out")
         if self.block_size != BLOCK and self.format not in ("int4", "w4a8"):
             raise ValueError(f"quantize.block_size is for int4 and w4a8; with {self.format} leave it out")
+        least = 4 if self.format in ("int4", "w4a8") else 8
+        if self.effective_bits is not None and self.effective_bits <= least:
+            raise ValueError(
+                f"quantize.effective_bits: {self.effective_bits:g} is not between {least}, the bits of "
+                f"{self.format}, and 16, those of a layer that is left as it is"
+            )
         if self.attention and self.format != "fp8":
             raise ValueError(
                 f"quantize.attention is for fp8, not {self.format}: ModelOpt quantizes the softmax's side of "

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from recipes.compress import Quantize
-from tasks import batches, checkpoints, layers, store
+from tasks import auto_precision, batches, checkpoints, layers, store
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
 from tasks.stage import stage
@@ -36,6 +37,10 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
     pruned = checkpoints.sparsity(model)
     left_out = reasons(section, looked_at)
     _check(section, looked_at, left_out)
+    auto = _auto(checkpoint, dataset, section, looked_at, left_out)
+    if auto:
+        section = section.model_copy(update={"exclude": (*section.exclude, *auto.left)})
+        left_out |= dict.fromkeys(auto.left, "kept for what it does to the loss (quantize.effective_bits)")
     loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "calibrate")
     model = quantized(model, section, loop)
     names = checkpoints.quantizers(model)
@@ -43,7 +48,9 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
     assert checkpoints.sparsity(model) == pruned
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
-        counts = checkpoints.counted(names) | {"left_out": left_out}
+        counts = (
+            checkpoints.counted(names) | {"left_out": left_out} | ({"auto": asdict(auto)} if auto else {})
+        )
         facts = {**checkpoint.facts, "quantizers": counts, "format": section.format}
         facts.pop("curve", None)
         return checkpoints.save(model, config, folder, dataset.type, facts)
@@ -110,6 +117,29 @@ def quant_config(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, 
     if section.attention:
         rules += [{"quantizer_name": f"*{name}", "cfg": inputs} for name in BMM]
     return {"quant_cfg": rules, "algorithm": ALGORITHMS.get(section.algorithm, "max")}
+
+
+def _auto(
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    section: Quantize,
+    modules: dict[str, nn.Module],
+    out: dict[str, str],
+) -> auto_precision.Choice | None:
+    """ModelOpt's choice among the layers that nothing else leaves out; None where all are quantized."""
+    from torch import nn
+
+    if section.effective_bits is None:
+        return None
+    searched = {n: m for n, m in modules.items() if n not in out and not isinstance(m, nn.Embedding)}
+    rules = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": _weights(section, embedding=False)},
+    ]
+    if inputs := _inputs(section):
+        rules.append({"quantizer_name": "*input_quantizer", "cfg": inputs})
+    formats = [{"quant_cfg": rules, "algorithm": ALGORITHMS.get(section.algorithm, "max")}]
+    return auto_precision.choose(checkpoint, dataset, section, searched, formats)
 
 
 def reasons(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, str]:

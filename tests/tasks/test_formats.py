@@ -317,3 +317,32 @@ def test_modelopt_still_needs_each_fix(
     except Exception:  # the graph is not valid, or ONNX Runtime refuses it
         wrong = np.inf
     assert wrong > 1e-5
+
+
+def test_effective_bits_leave_the_layers_that_lose_most(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a dense copy, then applied to the pruned network; the choice and its bits stand in the facts."""
+    pruned = sparsify.fn(text.checkpoint, text.dataset, Sparsify(exclude=("classifier",)))
+    section = Quantize(format="int8", effective_bits=11.0, batch_size=8)
+    candidate = calibrate.fn(pruned, text.dataset, section)
+    auto, left_out = candidate.facts["quantizers"]["auto"], candidate.facts["quantizers"]["left_out"]
+    assert 8 < auto["bits"] <= 11
+    assert auto["left"]
+    assert set(auto["left"]) <= set(left_out)
+    quantized = {
+        name.rpartition(".")[0] for name in checkpoints.quantizers(checkpoints.restore(candidate)[0])
+    }
+    assert quantized
+    assert not quantized & set(auto["left"])
+    assert set(auto["scores"]) == quantized | set(auto["left"])
+    assert candidate.facts["sparsity"] == pruned.facts["sparsity"]
+    assert max(auto["scores"].values()) == 1.0
+    assert max(auto["scores"], key=auto["scores"].__getitem__) in auto["left"]
+    monkeypatch.setattr(upstream, "tiny_scores_look_equal_to_the_solver", lambda state: None)
+    plain = calibrate.fn(pruned, text.dataset, section).facts["quantizers"]["auto"]
+    worst = max(plain["scores"], key=plain["scores"].__getitem__)
+    assert worst not in plain["left"], "ModelOpt's solver now tells tiny scores apart: no need to scale them"
+
+
+def test_too_few_effective_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="between 8, the bits of int8, and 16"):
+        Quantize(format="int8", effective_bits=8)
