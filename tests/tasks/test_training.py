@@ -1,0 +1,246 @@
+"""Training itself: validation, early stopping, accumulation, distillation, killed and resumed, in processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes import load as recipe
+from recipes.compress import Distill, Finetune, Quantize, Sparsify
+from tasks import batches, checkpoints, load, resume, stage, training, types
+from tasks.artifacts import Checkpoint, Dataset
+from tasks.calibrate import calibrate
+from tasks.errors import InputError
+from tasks.finetune import check_training, finetune
+from tasks.sparsify import sparsify
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Told = list[tuple[str, str, int, dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    data = recipe("digits-cnn-int8-ptq", ["data.split.validation=100", "data.split.test=600"]).data
+    return load.load_data.fn(data, "image-classification", "content")
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_recipe: Path) -> Dataset:
+    data = recipe(str(tiny_recipe), ["data.split.validation=40"]).data
+    return load.load_data.fn(data, "text-classification", "content")
+
+
+@pytest.fixture(scope="module")
+def compressed(text: Any, texts: Dataset) -> Checkpoint:
+    """2:4 and INT8, not trained."""
+    pruned = sparsify.fn(text.checkpoint, texts, Sparsify(exclude=("classifier",)))
+    return calibrate.fn(pruned, texts, Quantize(format="int8", exclude=("classifier",)))
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    heard: Told = []
+    listener = lambda *words: heard.append(words)  # noqa: E731
+    stage.listeners.append(listener)
+    yield heard
+    stage.listeners.remove(listener)
+
+
+def state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return checkpoints.restore(checkpoint)[0].state_dict()
+
+
+def validation_loss(checkpoint: Checkpoint, dataset: Dataset) -> float:
+    """The mean over the validation rows, computed apart from the Trainer."""
+    model, _ = checkpoints.restore(checkpoint)
+    kind = types.load(dataset.type)
+    encoded, labels = batches.examples(dataset, "validation", batches.preprocessor(checkpoint))
+    batch = kind.collate(encoded)
+    with torch.no_grad():
+        found = model(**batches.tensors(batch))
+    return float(kind.loss(found, torch.from_numpy(kind.targets(batch, labels))))
+
+
+def test_the_validation_loss_is_taken_on_the_way_and_told(image: Any, digits: Dataset, told: Told) -> None:
+    section = Finetune(epochs=2, batch_size=50, learning_rate=2e-3, evaluations=4)
+    trained = finetune.fn(image.checkpoint, digits, section)
+    seen = {p["step"]: p["validation_loss"] for p in trained.facts["curve"] if "validation_loss" in p}
+    assert sorted(seen) == [0, 10, 20, 30, 40]
+    assert seen[0] == pytest.approx(validation_loss(image.checkpoint, digits), rel=1e-5)
+    assert seen[40] == pytest.approx(validation_loss(trained, digits), rel=1e-5)
+    assert seen[40] < seen[0] / 2
+    assert trained.facts["training"]["kept"] == "last"
+    key = finetune.key(image.checkpoint, digits, section)
+    assert {words[:2] for words in told} == {(key, "dense")}
+    losses = [(step, values) for *_, step, values in told if "validation_loss" in values]
+    assert losses == [(step, {"validation_loss": value}) for step, value in seen.items()]
+    assert told[-1][2:] == (40, {})
+    assert not list(resume.root().glob(f"{key}*"))
+
+
+def test_early_stopping_ends_the_training_and_keeps_the_best(image: Any, digits: Dataset) -> None:
+    """A learning rate that destroys what it learns first."""
+    section = Finetune(
+        epochs=6, batch_size=50, learning_rate=5e-2, warmup_ratio=0.5, evaluations=24, early_stopping=2
+    )
+    trained = finetune.fn(image.checkpoint, digits, section)
+    facts = trained.facts["training"]
+    assert facts["steps"] < facts["planned_steps"] == 120
+    assert facts["kept"] == "best"
+    assert facts["best"]["step"] == facts["steps"] - 2 * 5
+    assert facts["best"]["validation_loss"] < facts["validation_loss"]["last"]
+    assert validation_loss(trained, digits) == pytest.approx(facts["best"]["validation_loss"], rel=1e-5)
+
+
+def test_accumulated_batches_are_one_large_batch(image: Any, digits: Dataset) -> None:
+    large = Finetune(epochs=1, batch_size=40, learning_rate=2e-3)
+    small = large.model_copy(update={"batch_size": 10, "accumulate": 4})
+    one, other = (state(finetune.fn(image.checkpoint, digits, section)) for section in (large, small))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-5)
+
+
+def test_half_precision_trains_and_keeps_full_weights(compressed: Checkpoint, texts: Dataset) -> None:
+    section = Finetune(epochs=0.2, batch_size=8, learning_rate=1e-3, precision="bf16")
+    half = state(finetune.fn(compressed, texts, section))
+    full = state(finetune.fn(compressed, texts, section.model_copy(update={"precision": "fp32"})))
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert half[name].dtype == torch.float32
+    assert not torch.equal(half[name], full[name])
+    torch.testing.assert_close(half[name], full[name], rtol=0, atol=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_this_machine_cannot_train_is_said_first() -> None:
+    with pytest.raises(InputError, match="fp16 needs a GPU.*bf16"):
+        check_training([None, Finetune(epochs=1, precision="fp16")])
+    check_training([Finetune(epochs=1, precision="bf16"), Finetune(epochs=1, processes=2)])
+
+
+def test_a_teacher_changes_the_training_and_leaves_nothing_in_the_result(
+    text: Any, texts: Dataset, compressed: Checkpoint
+) -> None:
+    steps = Finetune(epochs=2, batch_size=8, learning_rate=2e-3)
+    teacher = finetune.fn(text.checkpoint, texts, steps)
+    alone = finetune.fn(compressed, texts, steps)
+    taught = finetune.fn(compressed, texts, steps.model_copy(update={"distill": Distill()}), teacher)
+    assert state(taught).keys() == state(alone).keys()
+    assert taught.blob.bytes < alone.blob.bytes * 1.001
+    assert taught.identity != alone.identity
+    rows = batches.tensors(batches.samples(texts, batches.preprocessor(teacher), count=1)[0])
+    with torch.no_grad():
+        goal, found, other = (
+            checkpoints.restore(item)[0](**rows).logits for item in (teacher, taught, alone)
+        )
+    assert (found - goal).abs().mean() < (other - goal).abs().mean()
+    counts = checkpoints.sparsity(checkpoints.restore(taught)[0])
+    assert counts["valid_groups"] == counts["groups"] > 0
+
+
+def test_training_that_changes_a_range_is_an_error(
+    compressed: Checkpoint, texts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import trainer
+
+    def spoil(self: Any) -> Any:
+        self.model.bert.encoder.layer[0].intermediate.dense.input_quantizer._amax *= 2
+        return trainer.Order(self)
+
+    monkeypatch.setattr(trainer.Tuner, "_get_train_sampler", lambda self, *_: spoil(self))
+    with pytest.raises(RuntimeError, match="changed the 2:4 mask, a range"):
+        finetune.fn(compressed, texts, Finetune(epochs=0.1, batch_size=8))
+
+
+KILLED = """
+import json, sys
+import flows
+from recipes.compress import Finetune
+from tasks.artifacts import Blob, Checkpoint, Dataset
+from tasks.finetune import finetune
+
+content = json.loads(sys.argv[1])
+checkpoint, dataset = (
+    kind(**{**content[name], "blob": Blob(**content[name]["blob"])})
+    for kind, name in ((Checkpoint, "checkpoint"), (Dataset, "dataset"))
+)
+finetune.fn(checkpoint, dataset, Finetune(**content["section"]))
+"""
+
+
+def test_a_killed_training_goes_on_and_ends_as_if_nothing_had_been(
+    compressed: Checkpoint, texts: Dataset, told: Told
+) -> None:
+    """Killed in the second epoch; mask and quantizers on, dropout, several epochs, early stopping's memory."""
+    section = Finetune(epochs=3, batch_size=8, learning_rate=1e-3, early_stopping=9, save_steps=15)
+    whole = finetune.fn(compressed, texts, section)
+    place = resume.root() / finetune.key(compressed, texts, section)
+    assert not place.exists()
+    values = {"save_steps": 15, **section.model_dump(mode="json")}
+    content = {"checkpoint": asdict(compressed), "dataset": asdict(texts), "section": values}
+    running = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(content)], cwd=ROOT)
+    end = time.monotonic() + 120
+    while not (place / "checkpoint-60.complete").exists():
+        assert running.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert place.is_dir()
+    told.clear()
+    again = finetune.fn(compressed, texts, section)
+    assert again.facts["training"]["resumed_from_step"] >= 60
+    assert min(step for *_, step, _ in told) > 60
+    assert again.identity == whole.identity
+    assert again.facts["curve"] == whole.facts["curve"]
+    assert not place.exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_loaded(fresh_home: Path) -> None:
+    with resume.held("key") as place:
+        for step in (10, 20, 30):
+            folder = place / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "model.safetensors").write_text(f"weights {step}")
+            if step < 30:
+                (place / f"checkpoint-{step}.complete").write_text(resume.store.digest(folder))
+        assert resume.last(place) == place / "checkpoint-20"
+        assert not (place / "checkpoint-30").exists()
+        (place / "checkpoint-20" / "model.safetensors").write_text("cut")
+        assert resume.last(place) == place / "checkpoint-10"
+        (place / "checkpoint-40").mkdir()
+        resume.finish(place / "checkpoint-40")
+        assert [p.name for p in sorted(place.iterdir())] == ["checkpoint-40", "checkpoint-40.complete"]
+    assert not list(resume.root().iterdir())
+
+
+@pytest.mark.parametrize("shard", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_and_keep_mask_and_ranges(
+    compressed: Checkpoint, texts: Dataset, told: Told, shard: Any
+) -> None:
+    section = Finetune(epochs=0.5, batch_size=8, learning_rate=1e-3, processes=2, shard=shard, evaluations=2)
+    trained = finetune.fn(compressed, texts, section)
+    before, after = state(compressed), state(trained)
+    assert before.keys() == after.keys()
+    fixed = [name for name in before if name.endswith(training.FIXED)]
+    assert len([name for name in fixed if name.endswith("_weight_mask")]) == 13
+    assert len([name for name in fixed if name.endswith("_amax")]) > 20
+    assert all(torch.equal(before[name], after[name]) for name in fixed)
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert not torch.equal(before[name], after[name])
+    counts = checkpoints.sparsity(checkpoints.restore(trained)[0])
+    assert counts["valid_groups"] == counts["groups"] == compressed.facts["sparsity"]["groups"]
+    assert [step for *_, step, values in told if "validation_loss" in values] == [0, 10, 20]
+    assert trained.facts["curve"][-1]["validation_loss"] == pytest.approx(
+        validation_loss(trained, texts), rel=1e-4
+    )
