@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -53,6 +56,12 @@ class Tuner(Trainer):  # type: ignore[misc]
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As upstream, but FSDP where it was asked for, on CPUs, too."""
+        with accelerate_takes_ddp_for_fsdp_on_cpus():
+            super().create_accelerator_and_postprocess()
+        assert self.is_fsdp_enabled == (self.plan.section.shard == "fsdp2")
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
@@ -84,30 +93,32 @@ class Tuner(Trainer):  # type: ignore[misc]
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         losses = validation_losses(self.state.log_history)
         if self.plan.section.early_stopping and losses.index(min(losses)) == len(losses) - 1:
-            weights = self.weights()
-            if self.args.should_save:
-                write(weights, self.plan.folder / "best.safetensors")
+            self._write(self.plan.folder / "best.safetensors")
         return metrics
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor, whole, on the CPU, in the first process; all must ask."""
-        if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)
-        else:
-            state = self.model.state_dict()
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.args.should_save:
+                found[name] = whole.detach().cpu().contiguous().clone()
+        return found
+
+    def _write(self, file: Path) -> None:
+        """Every tensor as it is; `save_pretrained` would rename some and leave masks out."""
+        weights = self.weights()
+        if self.args.should_save:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(weights, file)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return Order(self)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Every tensor as it is; `save_pretrained` would rename some and leave masks out."""
-        if self.args.should_save:
-            assert output_dir is not None
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            state = self.model.state_dict() if state_dict is None else state_dict
-            whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-            write(whole, Path(output_dir) / "model.safetensors")
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights of a checkpoint."""
+        assert output_dir is not None
+        self._write(Path(output_dir) / "model.safetensors")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -191,6 +202,25 @@ class Bar(ProgressCallback):  # type: ignore[misc]
         """Tell of the losses."""
         if state.is_world_process_zero and (values := losses(logs or {})):
             self.tell(state.global_step, values)
+
+
+@contextmanager
+def accelerate_takes_ddp_for_fsdp_on_cpus() -> Iterator[None]:
+    """Accelerate 1.15 knows FSDP for every kind of device but CPUs, where it shards nothing without a word."""
+    init = AcceleratorState.__init__
+
+    def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = init
 
 
 def losses(entry: dict[str, float]) -> dict[str, float]:
