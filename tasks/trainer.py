@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,7 +21,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from recipes.compress import Finetune
-from tasks import resume
+from tasks import resume, shards
 from tasks.types import TaskType
 
 SAVE_SECONDS = 300
@@ -58,7 +56,7 @@ class Tuner(Trainer):  # type: ignore[misc]
 
     def create_accelerator_and_postprocess(self) -> None:
         """As upstream, but FSDP where it was asked for, on CPUs, too."""
-        with accelerate_takes_ddp_for_fsdp_on_cpus():
+        with shards.accelerate_takes_ddp_for_fsdp_on_cpus():
             super().create_accelerator_and_postprocess()
         assert self.is_fsdp_enabled == (self.plan.section.shard == "fsdp2")
 
@@ -127,10 +125,23 @@ class Tuner(Trainer):  # type: ignore[misc]
             resume.finish(self.plan.folder / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"))
+        """Every process reads the file and keeps its part."""
+        whole = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: shards.part(whole.pop(name), own[name]) for name in own})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        return shards.save(self.optimizer, Path(output_dir) / f"optimizer_{self.args.process_index}.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        return shards.load(self.optimizer, Path(checkpoint) / f"optimizer_{self.args.process_index}.pt")
 
 
 class Order(Sampler[int]):
@@ -202,25 +213,6 @@ class Bar(ProgressCallback):  # type: ignore[misc]
         """Tell of the losses."""
         if state.is_world_process_zero and (values := losses(logs or {})):
             self.tell(state.global_step, values)
-
-
-@contextmanager
-def accelerate_takes_ddp_for_fsdp_on_cpus() -> Iterator[None]:
-    """Accelerate 1.15 knows FSDP for every kind of device but CPUs, where it shards nothing without a word."""
-    init = AcceleratorState.__init__
-
-    def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            if self.mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self.mixed_precision)
-            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
-
-    AcceleratorState.__init__ = with_fsdp
-    try:
-        yield
-    finally:
-        AcceleratorState.__init__ = init
 
 
 def losses(entry: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A recipe that compares: curves live in MLflow, in the manifest, as a picture, and again from kept stages."""
+"""A recipe that compares: curves live in MLflow, in the manifest, as a picture, again from kept stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def history(run: str, name: str) -> dict[int, float]:
     return {point.step: point.value for point in registry.client().get_metric_history(run, name)}
 
 
-def test_curves_are_live_compared_and_shown_again(tiny_recipe: Path, optimize: Callable[..., Outcome]) -> None:
+def test_curves_are_live_compared_and_shown_again(
+    tiny_recipe: Path, optimize: Callable[..., Outcome]
+) -> None:
     from mlflow.artifacts import download_artifacts
 
     outcome = optimize(str(tiny_recipe), *OVERRIDES)
@@ -42,14 +44,18 @@ def test_curves_are_live_compared_and_shown_again(tiny_recipe: Path, optimize: C
 
     client = registry.client()
     place = client.get_experiment_by_name("enginehouse-training")
-    runs = {r.data.tags["what"]: r for r in client.search_runs([place.experiment_id]) if _of_tiny(r.data.tags)}
+    runs = {
+        r.data.tags["what"]: r for r in client.search_runs([place.experiment_id]) if _of_tiny(r.data.tags)
+    }
     assert set(runs) == {"dense", "2:4", "2:4 int8"}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     live = history(runs["2:4 int8"].info.run_id, "validation_loss")
     assert live == {p["step"]: p["validation_loss"] for p in curves["candidate"] if "validation_loss" in p}
     assert history(outcome.version.run_id, "candidate_validation_loss") == live
     for name in ("training/curves.png", "teacher/model.safetensors"):
-        assert Path(download_artifacts(run_id=outcome.version.run_id, artifact_path=name)).stat().st_size > 9000
+        assert (
+            Path(download_artifacts(run_id=outcome.version.run_id, artifact_path=name)).stat().st_size > 9000
+        )
 
     again = optimize(str(tiny_recipe), *OVERRIDES, "gate.max_drop=0.06")
     assert {timing.reused for timing in again.attempt.timeline if timing.stage == "fine-tune"} == {True}

@@ -153,6 +153,15 @@ def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
     assert (recipe.qat.epochs, recipe.qat.batch_size) == (1, recipe.finetune.batch_size)
 
 
+def test_an_override_leaves_another_use_of_the_anchor_alone(tmp_path: Path) -> None:
+    text = (recipes.loader.FOLDER / f"{QUICK}.yaml").read_text()
+    (tmp_path / "twice.yaml").write_text(text.replace("\nfinetune: {", "\nfinetune: &t {") + "retrain: *t\n")
+    found = recipes.load(str(tmp_path / "twice.yaml"), ["retrain.epochs=1"])
+    assert found.retrain is not None
+    assert found.finetune is not None
+    assert (found.finetune.epochs, found.retrain.epochs) == (12, 1)
+
+
 def test_no_such_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean digits-cnn-int8-ptq"):
         recipes.load("digits-cnn-int8-pqt")

@@ -1,4 +1,4 @@
-"""Training itself: validation, early stopping, accumulation, distillation, killed and resumed, in processes."""
+"""Training itself: validation, early stopping, accumulation, a teacher, killed and resumed, processes."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ finetune.fn(checkpoint, dataset, Finetune(**content["section"]))
 def test_a_killed_training_goes_on_and_ends_as_if_nothing_had_been(
     compressed: Checkpoint, texts: Dataset, told: Told
 ) -> None:
-    """Killed in the second epoch; mask and quantizers on, dropout, several epochs, early stopping's memory."""
+    """Killed in the second epoch; mask and quantizers on, dropout, early stopping's memory."""
     section = Finetune(epochs=3, batch_size=8, learning_rate=1e-3, early_stopping=9, save_steps=15)
     whole = finetune.fn(compressed, texts, section)
     place = resume.root() / finetune.key(compressed, texts, section)
