@@ -19,6 +19,18 @@ class Distill(Section):
     temperature: float = Field(1.0, gt=0)
 
 
+class Lora(Section):
+    """Train matrices of `rank` beside the linear layers that `targets` names, and of the rest only `also`.
+
+    Both hold module name patterns; scaled by alpha / rank, the matrices are added to the weights at the end.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[str, ...] = Field(min_length=1)
+    also: tuple[str, ...] = ()
+
+
 class Finetune(Section):
     """One training with the Hugging Face Trainer; used for the baseline and again for QAT.
 
@@ -38,6 +50,7 @@ class Finetune(Section):
     evaluations: int = Field(10, ge=1)
     early_stopping: int | None = Field(None, ge=1)
     distill: Distill | None = None
+    lora: Lora | None = None
     processes: int = Field(1, ge=1)
     shard: Literal["ddp", "fsdp2"] = "ddp"
     seed: int = 0
@@ -53,6 +66,8 @@ class Finetune(Section):
             )
         if self.shard == "fsdp2" and self.processes == 1:
             raise ValueError("shard: fsdp2 spreads one network over several processes; set processes")
+        if self.shard == "fsdp2" and self.lora:
+            raise ValueError("lora has little to shard; use shard: ddp")
         return self
 
 

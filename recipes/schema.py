@@ -156,6 +156,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"{name}.early_stopping looks at the validation loss; set data.split.validation"
                 )
+            if section and section.lora and name != "finetune":
+                raise ValueError(
+                    f"{name}.lora: pruned or quantized weights would not stay so when adapters are added to "
+                    "them; lora belongs to finetune"
+                )
         if self.finetune and self.finetune.distill:
             raise ValueError("finetune.distill: finetune trains the teacher itself; distill belongs to qat")
         if self.retrain and self.retrain.distill and not self.qat:

@@ -41,6 +41,7 @@ def plot(found: dict[str, Curve], words: str, path: Path, title: str) -> None:
     axis.axhline(untuned, color=COLORS[1], linewidth=1.2, linestyle=(0, (4, 3)))
     axis.plot([], [], color=COLORS[1], linestyle=(0, (4, 3)), label=f"2:4, not trained: {untuned:.4f}")
     _style(axis, title)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(path, dpi=150)
 
 
@@ -57,4 +58,3 @@ def _style(axis: Any, title: str) -> None:
     axis.set_axisbelow(True)
     for side in axis.spines.values():
         side.set_visible(False)
-    axis.legend(frameon=False, fontsize=9, labelcolor=INK)

@@ -50,6 +50,7 @@ class Tuner(Trainer):  # type: ignore[misc]
     def __init__(self, plan: Plan, kind: TaskType, teacher: nn.Module | None, **options: Any) -> None:
         self.plan, self.kind, self.teacher = plan, kind, teacher
         super().__init__(**options)
+        self.remove_callback(ProgressCallback)
         self.model_accepts_loss_kwargs = False  # the loss is a batch's mean
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
@@ -94,6 +95,11 @@ class Tuner(Trainer):  # type: ignore[misc]
             self._write(self.plan.folder / "best.safetensors")
         return metrics
 
+    def sample(self) -> dict[str, Tensor]:
+        """The inputs of a few rows, where the network is."""
+        batch = self.data_collator(list(self.train_dataset)[:8])
+        return {name: tensor.to(self.args.device) for name, tensor in batch.items() if name != "labels"}
+
     def weights(self) -> dict[str, Tensor]:
         """Every tensor, whole, on the CPU, in the first process; all must ask."""
         found = {}
@@ -132,16 +138,18 @@ class Tuner(Trainer):  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        return shards.save(self.optimizer, Path(output_dir) / f"optimizer_{self.args.process_index}.pt")
+        shards.save(self.optimizer, Path(output_dir) / f"optimizer_{self.args.process_index}.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-        return shards.load(self.optimizer, Path(checkpoint) / f"optimizer_{self.args.process_index}.pt")
+        shards.load(self.optimizer, Path(checkpoint) / f"optimizer_{self.args.process_index}.pt")
 
 
 class Order(Sampler[int]):

@@ -51,10 +51,12 @@ def train(job: Job, tell: Tell) -> Trained:
     """
     from safetensors.torch import load_file
 
-    from tasks import trainer
+    from tasks import lora, trainer
 
     model, _ = checkpoints.restore(job.checkpoint)
     before = checkpoints.quantizers(model), fixed(model)
+    if job.section.lora:
+        model = lora.attach(model, job.section.lora, job.section.seed)
     teacher = checkpoints.restore(job.teacher)[0] if job.teacher else None
     sets = {name: examples(job, name) for name in ("train", "validation") if name in job.dataset.rows}
     plan = _plan(job, len(sets["train"]))
@@ -69,7 +71,6 @@ def train(job: Job, tell: Tell) -> Trained:
         eval_dataset=sets.get("validation"),
         data_collator=Collator(job.dataset.type),
     )
-    tuner.remove_callback(trainer.ProgressCallback)
     for callback in (trainer.Bar(tell), trainer.Clock(plan)):
         tuner.add_callback(callback)
     tuner.train(resume_from_checkpoint=str(last) if last else None)
@@ -78,6 +79,9 @@ def train(job: Job, tell: Tell) -> Trained:
         raise RuntimeError("training changed the 2:4 mask, a range or the set of quantizers")
     best = job.folder / "best.safetensors"
     weights = load_file(best) if best.is_file() else tuner.weights()
+    if job.section.lora and weights:
+        whole.load_state_dict(weights)
+        weights = lora.merged(whole, tuner.kind, tuner.sample())
     curve = merged(tuner.state.log_history)
     return Trained(weights, curve, _facts(plan, curve, tuner.state.global_step, last))
 

@@ -54,6 +54,8 @@ def test_a_recipe_is_frozen() -> None:
         ("export={opset: 22, precision: bf16}", ["bf16 has no kernels in ONNX Runtime's CPU"]),
         ("finetune.early_stopping=2", ["looks at the validation loss; set data.split.validation"]),
         ("finetune.distill={}", ["finetune trains the teacher itself"]),
+        ("finetune.lora={targets: []}", ["finetune.lora.targets"]),
+        ("retrain={epochs: 1, lora: {targets: [x]}}", ["retrain.lora", "lora belongs to finetune"]),
         ("retrain={epochs: 1, distill: {}}", ["retrain.distill is for a recipe with qat"]),
         ("compare_dense=true", ["it needs sparsify, qat and data.split.validation"]),
         ("finetune.processes=3", ["batch_size (32) is that of all processes", "their number (3)"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import pytest
 import torch
 
 from recipes import load as recipe
-from recipes.compress import Distill, Finetune, Quantize, Sparsify
-from tasks import batches, checkpoints, load, resume, stage, training, types
+from recipes.compress import Distill, Finetune, Lora, Quantize, Sparsify
+from tasks import batches, checkpoints, load, resume, stage, store, training, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.calibrate import calibrate
 from tasks.errors import InputError
@@ -128,24 +129,71 @@ def test_what_this_machine_cannot_train_is_said_first() -> None:
     check_training([Finetune(epochs=1, precision="bf16"), Finetune(epochs=1, processes=2)])
 
 
-def test_a_teacher_changes_the_training_and_leaves_nothing_in_the_result(
+def inverted(checkpoint: Checkpoint) -> Checkpoint:
+    """A network that says the opposite."""
+    model, config = checkpoints.restore(checkpoint)
+    with torch.no_grad():
+        for tensor in model.get_submodule("classifier").parameters():
+            tensor.neg_()
+    with store.staging() as folder:
+        shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
+        return checkpoints.save(model, config, folder, checkpoint.type, {})
+
+
+def test_a_teacher_is_believed_more_than_the_labels_and_leaves_nothing_behind(
     text: Any, texts: Dataset, compressed: Checkpoint
 ) -> None:
-    steps = Finetune(epochs=2, batch_size=8, learning_rate=2e-3)
-    teacher = finetune.fn(text.checkpoint, texts, steps)
-    alone = finetune.fn(compressed, texts, steps)
-    taught = finetune.fn(compressed, texts, steps.model_copy(update={"distill": Distill()}), teacher)
-    assert state(taught).keys() == state(alone).keys()
-    assert taught.blob.bytes < alone.blob.bytes * 1.001
-    assert taught.identity != alone.identity
+    steps = Finetune(epochs=4, batch_size=8, learning_rate=2e-3)
+    taught = steps.model_copy(update={"distill": Distill()})
+    teacher = inverted(finetune.fn(text.checkpoint, texts, steps))
+    alone, student = finetune.fn(compressed, texts, steps), finetune.fn(compressed, texts, taught, teacher)
     rows = batches.tensors(batches.samples(texts, batches.preprocessor(teacher), count=1)[0])
     with torch.no_grad():
-        goal, found, other = (
-            checkpoints.restore(item)[0](**rows).logits for item in (teacher, taught, alone)
-        )
-    assert (found - goal).abs().mean() < (other - goal).abs().mean()
-    counts = checkpoints.sparsity(checkpoints.restore(taught)[0])
+        said = [checkpoints.restore(c)[0](**rows).logits.argmax(dim=1) for c in (alone, student, teacher)]
+    assert torch.equal(said[1], said[2])
+    assert torch.equal(said[1], 1 - said[0])
+    assert {name: t.shape for name, t in state(student).items()} == {
+        name: t.shape for name, t in state(alone).items()
+    }
+    counts = checkpoints.sparsity(checkpoints.restore(student)[0])
     assert counts["valid_groups"] == counts["groups"] > 0
+
+
+def test_lora_trains_the_adapters_alone_and_adds_them_to_the_weights(text: Any, texts: Dataset) -> None:
+    """That the merged network says what the adapted one said is checked in the training itself."""
+    lora = Lora(rank=4, alpha=8, targets=("*.attention.*", "*.output.dense"), also=("classifier",))
+    section = Finetune(epochs=6, batch_size=8, learning_rate=1e-2, lora=lora)
+    trained = finetune.fn(text.checkpoint, texts, section)
+    before, after = state(text.checkpoint), state(trained)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = [f"bert.encoder.layer.{k}" for k in (0, 1)]
+    parts = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+    wanted = {f"{layer}.{part}.weight" for layer in layers for part in [*parts, "output.dense"]}
+    assert changed == wanted | {"classifier.weight", "classifier.bias"}
+    delta = after[f"{layers[0]}.output.dense.weight"] - before[f"{layers[0]}.output.dense.weight"]
+    assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 4
+    assert validation_loss(trained, texts) < validation_loss(text.checkpoint, texts) / 2
+
+
+def test_lora_that_names_no_layer_is_an_error(text: Any, texts: Dataset) -> None:
+    for lora, words in (
+        (Lora(targets=("*.LayerNorm",)), r"finetune.lora.targets: '\*.LayerNorm' matches no module"),
+        (Lora(targets=("*",), also=("classifier",)), "classifier stands in targets and in also"),
+    ):
+        with pytest.raises(InputError, match=words):
+            finetune.fn(text.checkpoint, texts, Finetune(epochs=1, lora=lora))
+
+
+def test_adapters_that_do_not_add_up_are_an_error(
+    text: Any, texts: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    monkeypatch.setattr(Linear, "merge", lambda self, **_: None)
+    lora = Lora(targets=("*.attention.*",))
+    with pytest.raises(RuntimeError, match="the merged network is off by"):
+        finetune.fn(text.checkpoint, texts, Finetune(epochs=0.5, batch_size=8, learning_rate=1e-2, lora=lora))
 
 
 def test_training_that_changes_a_range_is_an_error(
@@ -213,7 +261,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_loaded(fresh_home: Path) -> None:
             folder.mkdir()
             (folder / "model.safetensors").write_text(f"weights {step}")
             if step < 30:
-                (place / f"checkpoint-{step}.complete").write_text(resume.store.digest(folder))
+                (place / f"checkpoint-{step}.complete").write_text(store.digest(folder))
         assert resume.last(place) == place / "checkpoint-20"
         assert not (place / "checkpoint-30").exists()
         (place / "checkpoint-20" / "model.safetensors").write_text("cut")
