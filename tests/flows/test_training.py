@@ -19,7 +19,12 @@ OVERRIDES = [
     "model.name=compared",
     "compare_dense=true",
     "data.split.validation=40",
-    "qat.early_stopping=8",
+    "finetune.epochs=3",
+    "qat.epochs=2",
+    "qat.evaluations=5",
+    "qat.early_stopping=5",
+    "benchmark.round_ms=1",
+    "gate={max_drop: 0.5, on_coarse: warn}",
     "qat.distill={weight: 0.5}",
     "quantize.embeddings=false",
 ]
@@ -57,11 +62,19 @@ def test_curves_are_live_compared_and_shown_again(
             Path(download_artifacts(run_id=outcome.version.run_id, artifact_path=name)).stat().st_size > 9000
         )
 
-    again = optimize(str(tiny_recipe), *OVERRIDES, "gate.max_drop=0.06")
+    again = optimize(str(tiny_recipe), *OVERRIDES, "gate.max_drop=0.4")
     assert {timing.reused for timing in again.attempt.timeline if timing.stage == "fine-tune"} == {True}
     assert again.version.run_id != outcome.version.run_id
     assert history(again.version.run_id, "candidate_validation_loss") == live
     assert len(client.search_runs([place.experiment_id])) == len(runs) + 1  # the baseline's is `dense`, too
+
+    from flows.retrain import retrain
+
+    learned = retrain("compared", rebuild=True)
+    manifest = json.loads(Path(learned.version.manifest).read_text())
+    assert manifest["retrained"]["from_version"] == again.version.version
+    assert manifest["curves"]["candidate"][0]["validation_loss"] < live[0]
+    assert manifest["recipe"]["qat"]["distill"]["weight"] == 0.5
 
 
 def _of_tiny(tags: dict[str, str]) -> bool:

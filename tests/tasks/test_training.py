@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,7 +273,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_loaded(fresh_home: Path) -> None:
     assert not list(resume.root().iterdir())
 
 
-@pytest.mark.parametrize("shard", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("shard", ["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
 def test_two_processes_train_as_one_and_keep_mask_and_ranges(
     compressed: Checkpoint, texts: Dataset, told: Told, shard: Any
 ) -> None:
@@ -292,3 +293,42 @@ def test_two_processes_train_as_one_and_keep_mask_and_ranges(
     assert trained.facts["curve"][-1]["validation_loss"] == pytest.approx(
         validation_loss(trained, texts), rel=1e-4
     )
+
+
+FSDP_ON_A_CPU = """
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+print(Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)).distributed_type)
+"""
+
+
+def test_upstream_accelerate_takes_ddp_for_fsdp_on_cpus() -> None:
+    """When this fails, `shards.accelerate_takes_ddp_for_fsdp_on_cpus` may go."""
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    command = [sys.executable, "-c", FSDP_ON_A_CPU]
+    done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "DistributedType.MULTI_CPU", done.stderr
+
+
+def test_upstream_kdtrainer_drops_a_classifier_s_last_row() -> None:
+    """When this fails, ModelOpt's trainer may do what `Tuner` does with a teacher."""
+    from modelopt.torch.distill.losses import LogitsDistillationLoss
+    from modelopt.torch.distill.plugins.huggingface import KDTrainer
+
+    def loss(last: float) -> float:
+        student, teacher = torch.zeros(4, 2), torch.ones(4, 2)
+        student[-1, 0] = last
+        trainer = SimpleNamespace(
+            _kd_criterion=LogitsDistillationLoss(reduction="none"),
+            _last_teacher_outputs=SimpleNamespace(logits=teacher),
+        )
+        found = SimpleNamespace(logits=student)
+        return float(KDTrainer._standard_kd_loss(trainer, found, torch.zeros(4, dtype=torch.long)))
+
+    assert loss(0.0) == loss(100.0)
