@@ -117,7 +117,7 @@ def arguments(plan: Plan, look_first: bool) -> TrainingArguments:
 
     section, cpu = plan.section, checkpoints.device() == "cpu"
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
-    return TrainingArguments(
+    given = TrainingArguments(
         output_dir=str(plan.folder),
         max_steps=plan.steps,
         per_device_train_batch_size=section.batch_size // section.processes,
@@ -143,6 +143,8 @@ def arguments(plan: Plan, look_first: bool) -> TrainingArguments:
         **({"ddp_backend": "gloo"} if cpu and section.processes > 1 else {}),
         **(sharded if section.shard == "fsdp2" else {}),
     )
+    given._n_gpu = min(given.n_gpu, 1)  # one process takes one GPU, not DataParallel over all that it sees
+    return given
 
 
 class Collator:
