@@ -19,9 +19,10 @@ from tasks.build import build, check_build, host, precision
 from tasks.calibrate import calibrate
 from tasks.evaluate import check
 from tasks.export import export
-from tasks.finetune import finetune
+from tasks.finetune import check_training, finetune
 from tasks.load import content, fingerprint, load_data, load_model
 from tasks.manifest import Attempt
+from tasks.registry_training import live
 from tasks.sparsify import sparsify
 from tasks.stage import timeline
 from tasks.strip import strip
@@ -33,7 +34,8 @@ def optimize(recipe: str, overrides: Sequence[str] = ()) -> Outcome:
     plan = recipes.load(recipe, overrides)
     timeline.clear()
     try:
-        return publish(_optimize(plan))
+        with live(plan.name):
+            return publish(_optimize(plan))
     except Exception as error:
         log_failure(plan, error)
         raise
@@ -44,6 +46,7 @@ def _optimize(recipe: Recipe) -> Outcome:
     ledger.address()
     check(recipe.gate, recipe.task, len(recipe.data.labels))
     check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
+    check_training((recipe.finetune, recipe.qat))
     found = {
         "data": content(recipe.data),
         "checkpoint": fingerprint(recipe.model.source, recipe.model.revision),
@@ -60,12 +63,17 @@ def _optimize(recipe: Recipe) -> Outcome:
         # 3. The candidate: pruned, then quantized, then trained again with both on.
         candidate = compress(baseline, data, recipe)
 
+    controls = control(baseline, data, recipe) if recipe.compare_dense else {}
+
     # 4. Engines of both for the target runtime, and the candidate's for the others.
     checkpoints = {"candidate": candidate, "baseline": baseline}
     onnx, engines = engines_of(checkpoints, data, recipe)
 
     # 5. Measure beside baseline and champion, judge, register, promote.
-    return judge(Attempt(recipe, data, checkpoints, onnx, engines, found, timeline=tuple(timeline)))
+    attempt = Attempt(
+        recipe, data, checkpoints, onnx, engines, found, timeline=tuple(timeline), controls=controls
+    )
+    return judge(attempt)
 
 
 def compress(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> Checkpoint:
@@ -76,8 +84,17 @@ def compress(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> Checkpoint:
     if recipe.quantize:
         model = calibrate(model, data, recipe.quantize)
     if recipe.qat:
-        model = finetune(model, data, recipe.qat)
+        model = finetune(model, data, recipe.qat, baseline if recipe.qat.distill else None)
     return model
+
+
+def control(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> dict[str, Checkpoint]:
+    """What the candidate's curve stands beside: the same training of the dense and of the sparse network."""
+    assert recipe.sparsify
+    assert recipe.qat
+    teacher = baseline if recipe.qat.distill else None
+    starts = {"dense": baseline, "sparse": sparsify(baseline, data, recipe.sparsify)}
+    return {name: finetune(start, data, recipe.qat, teacher) for name, start in starts.items()}
 
 
 def engines_of(

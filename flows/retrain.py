@@ -23,10 +23,11 @@ from tasks.calibrate import recalibrate
 from tasks.errors import InputError
 from tasks.evaluate import check
 from tasks.export import export
-from tasks.finetune import finetune
+from tasks.finetune import check_training, finetune
 from tasks.load import content, fingerprint, load_data, load_model
 from tasks.manifest import Attempt
 from tasks.refit import Refit, refit
+from tasks.registry_training import live
 from tasks.slots import alone
 from tasks.stage import say, timeline
 from tasks.strip import strip
@@ -51,7 +52,8 @@ def retrain(
         plan = planned(champion, data, recipe, overrides)
         timeline.clear()
         try:
-            return publish(_retrain(plan, champion, checkpoint, rebuild))
+            with live(plan.name):
+                return publish(_retrain(plan, champion, checkpoint, rebuild))
         except Exception as error:
             log_failure(plan, error)
             raise
@@ -85,6 +87,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
     ledger.address()
     check(recipe.gate, recipe.task, len(recipe.data.labels))
     check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
+    check_training((recipe.finetune, recipe.qat, recipe.retrain))
     source = sourced(given) if given else recipe.model.source if recipe.compressed_elsewhere else None
     found = {"data": content(recipe.data)}
     if source:
@@ -101,7 +104,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
         candidate = start if source.startswith("modelopt:") else compress(start, data, recipe)
     else:
         start = lineage.checkpoint(champion)
-        candidate = train_on(start, data, recipe, lineage.parsed(champion))
+        candidate = train_on(start, data, recipe, champion)
 
     # 3. Refit the champion's plan, if that is proved to be right; build otherwise.
     target = recipe.build.runtime
@@ -141,18 +144,20 @@ def unchanged(recipe: Recipe, latest: lineage.Latest) -> Outcome:
     return Outcome("unchanged", recipe.name, version, (why,), {})
 
 
-def train_on(start: Checkpoint, data: Dataset, recipe: Recipe, before: Recipe) -> Checkpoint:
+def train_on(start: Checkpoint, data: Dataset, recipe: Recipe, champion: Version) -> Checkpoint:
     """Train the champion's network further, with its mask and quantizers where the recipe still has them.
 
     Ranges are calibrated again first. Another way of compressing starts from the same weights without any.
     """
+    before = lineage.parsed(champion)
     if recipe.qat and (recipe.sparsify, recipe.quantize) == (before.sparsify, before.quantize):
         ranged = recalibrate(start, data, recipe.quantize) if recipe.quantize else start
-        return finetune(ranged, data, recipe.retrain or recipe.qat)
+        section = recipe.retrain or recipe.qat
+        return finetune(ranged, data, section, lineage.teacher(champion) if section.distill else None)
     dense = strip(start)
     training = recipe.retrain or recipe.finetune
     if training:
-        dense = finetune(dense, data, training)
+        dense = finetune(dense, data, training.model_copy(update={"distill": None}))
     return compress(dense, data, recipe)
 
 

@@ -9,15 +9,66 @@ from pydantic import Field, model_validator
 from recipes.data import Section
 
 
+class Distill(Section):
+    """Learn from the FP32 baseline: `weight` of the loss is the distance of the logits, the rest the labels'.
+
+    Both sides' logits are divided by `temperature` first.
+    """
+
+    weight: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+
+
+class Lora(Section):
+    """Train matrices of `rank` beside the linear layers that `targets` names, and of the rest only `also`.
+
+    Both hold module name patterns; scaled by alpha / rank, the matrices are added to the weights at the end.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[str, ...] = Field(min_length=1)
+    also: tuple[str, ...] = ()
+
+
 class Finetune(Section):
-    """One training with the Hugging Face Trainer; used for the baseline and again for QAT."""
+    """One training with the Hugging Face Trainer; used for the baseline and again for QAT.
+
+    `batch_size` rows are in work at once, over all `processes`; `accumulate` of those make a step. The
+    validation rows are looked at `evaluations` times; when their loss has not fallen for `early_stopping` of
+    those in a row, training ends, and the weights of the lowest are kept. See docs/training.md.
+    """
 
     epochs: float = Field(gt=0)
     batch_size: int = Field(16, ge=1)
+    accumulate: int = Field(1, ge=1)
     learning_rate: float = Field(5e-5, gt=0)
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    evaluations: int = Field(10, ge=1)
+    early_stopping: int | None = Field(None, ge=1)
+    distill: Distill | None = None
+    lora: Lora | None = None
+    processes: int = Field(1, ge=1)
+    shard: Literal["ddp", "fsdp2"] = "ddp"
     seed: int = 0
+    # Left out of the recipe's digest, as it says nothing of the result; None is every five minutes.
+    save_steps: int | None = Field(None, ge=1, exclude=True)
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> Finetune:
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) is that of all processes together, a multiple of their "
+                f"number ({self.processes})"
+            )
+        if self.shard == "fsdp2" and self.processes == 1:
+            raise ValueError("shard: fsdp2 spreads one network over several processes; set processes")
+        if self.shard == "fsdp2" and self.lora:
+            raise ValueError("lora has little to shard; use shard: ddp")
+        return self
 
 
 class Sparsify(Section):

@@ -50,10 +50,14 @@ class Image(Section):
 
 
 class Split(Section):
-    """Rows in each part; they are disjoint, and drawn with `seed`. Calibration rows are training rows."""
+    """Rows in each part; they are disjoint, and drawn with `seed`. Calibration rows are training rows.
+
+    `validation` rows are looked at while training, and by nothing else.
+    """
 
     train: int = Field(ge=1)
     test: int = Field(ge=1)
+    validation: int = Field(0, ge=0)
     calibration: int = Field(256, ge=1)
     seed: int = 0
 

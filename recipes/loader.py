@@ -82,11 +82,11 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r}: write section.key=value, for example --set qat.epochs=2")
     *parents, last = key.split(".")
     for parent in parents:
-        if content.get(parent) is None:
-            content[parent] = {}
-        content = content[parent]
-        if not isinstance(content, dict):
+        section = content.get(parent) or {}
+        if not isinstance(section, dict):
             raise RecipeError(f"--set {override!r}: {parent} is a value, not a section")
+        content[parent] = dict(section)  # its own: an anchor may have given two keys the same
+        content = content[parent]
     try:
         content[last] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:

@@ -108,6 +108,8 @@ class Recipe(Section):
     qat: Finetune | None = None
     retrain: Finetune | None = None
     """The training of `python -m flows retrain`; without it that of `qat`, else of `finetune`."""
+    compare_dense: bool = False
+    """Train the dense baseline and the pruned network, not quantized, as `qat` says, too; plot the losses."""
     drift: Drift = Drift()
     export: Export = Export()
     build: Build = Build()
@@ -157,6 +159,31 @@ class Recipe(Section):
             )
         if needs.column == "text" and self.model.source.startswith("python:") and not self.model.tokenizer:
             raise ValueError("a python: model of texts has no tokenizer; say where one is: model.tokenizer")
+
+    @model_validator(mode="after")
+    def _trainings_fit(self) -> Recipe:
+        sections = {"finetune": self.finetune, "qat": self.qat, "retrain": self.retrain}
+        watched = self.data.split.validation > 0
+        for name, section in sections.items():
+            if section and section.early_stopping and not watched:
+                raise ValueError(
+                    f"{name}.early_stopping looks at the validation loss; set data.split.validation"
+                )
+            if section and section.lora and name != "finetune":
+                raise ValueError(
+                    f"{name}.lora: pruned or quantized weights would not stay so when adapters are added to "
+                    "them; lora belongs to finetune"
+                )
+        if self.finetune and self.finetune.distill:
+            raise ValueError("finetune.distill: finetune trains the teacher itself; distill belongs to qat")
+        if self.retrain and self.retrain.distill and not self.qat:
+            raise ValueError("retrain.distill is for a recipe with qat; leave it out")
+        if self.compare_dense and not (self.sparsify and self.qat and watched):
+            raise ValueError(
+                "compare_dense shows what training with the mask on brings; it needs sparsify, qat and "
+                "data.split.validation"
+            )
+        return self
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:

@@ -22,7 +22,10 @@ class Blob:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled rows: `train`, `calibration` and `test.parquet`, columns text or image, label, file."""
+    """Labelled rows: `train`, `calibration`, `test` and where asked for `validation.parquet`.
+
+    Columns: text or image, label, file.
+    """
 
     blob: Blob
     type: str

@@ -1,25 +1,19 @@
 """Fine-tune with the Hugging Face Trainer: the FP32 baseline, and again with mask and quantizers on (QAT).
 
-python -m flows optimize RECIPE     (stage `fine-tune`, up to twice)
+python -m flows optimize RECIPE     (stage `fine-tune`, up to twice; with compare_dense four times)
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Iterable
 
 from recipes.compress import Finetune
-from tasks import batches, checkpoints, store, types
+from tasks import batches, checkpoints, processes, resume, store
 from tasks.artifacts import Checkpoint, Dataset
-from tasks.stage import stage
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import Trainer
+from tasks.errors import InputError
+from tasks.stage import stage, tell
+from tasks.training import Job, described, train
 
 DAY = 24 * 3600
 
@@ -30,82 +24,48 @@ DAY = 24 * 3600
     gpu=True,
     timeout_seconds=DAY,
 )
-def finetune(checkpoint: Checkpoint, dataset: Dataset, section: Finetune) -> Checkpoint:
+def finetune(
+    checkpoint: Checkpoint, dataset: Dataset, section: Finetune, teacher: Checkpoint | None = None
+) -> Checkpoint:
     """Train on the train rows; whatever mask and quantizers the checkpoint has stay on.
 
-    Raises RuntimeError when training lost a 2:4 mask or switched a quantizer off.
+    Raises RuntimeError when training lost a 2:4 mask or changed a quantizer. The teacher is for
+    `section.distill`.
     """
-    model, config = checkpoints.restore(checkpoint)
-    before = checkpoints.sparsity(model), checkpoints.quantizers(model)
-    with store.staging() as folder:
+    assert (teacher is not None) == (section.distill is not None)
+    key, what = finetune.key(checkpoint, dataset, section, teacher), described(checkpoint)
+    with resume.held(key) as place, store.staging() as folder:
+        run = train if section.processes == 1 else processes.train
+        trained = run(
+            Job(checkpoint, dataset, section, teacher, place),
+            lambda step, losses: tell(key, what, step, losses),
+        )
+        model, config = checkpoints.restore(checkpoint)
+        before = checkpoints.sparsity(model)
+        model.load_state_dict(trained.weights)
+        if checkpoints.sparsity(model) != before:
+            raise RuntimeError("training changed the 2:4 mask")
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
-        with store.staging() as scratch:
-            trainer = _trainer(model, checkpoint, dataset, section, scratch)
-            trainer.train()
-        model.eval()
-        if (checkpoints.sparsity(model), checkpoints.quantizers(model)) != before:
-            raise RuntimeError("training changed the 2:4 mask or the set of quantizers")
-        facts = {**checkpoint.facts, "curve": _curve(trainer.state.log_history)}
-        return checkpoints.save(model, config, folder, dataset.type, facts)
+        facts = {**checkpoint.facts, "curve": trained.curve, "training": trained.facts}
+        saved = checkpoints.save(model, config, folder, dataset.type, facts)
+        tell(key, what, trained.facts["steps"], {})
+        return saved
 
 
-def _trainer(
-    model: nn.Module, checkpoint: Checkpoint, dataset: Dataset, section: Finetune, scratch: Path
-) -> Trainer:
-    from transformers import ProgressCallback, Trainer, TrainingArguments
+def check_training(sections: Iterable[Finetune | None]) -> None:
+    """Raises InputError for what this machine cannot train."""
+    asked = [section for section in sections if section]
+    if all(section.precision == "fp32" and section.processes == 1 for section in asked):
+        return
+    import torch
 
-    class Bar(ProgressCallback):  # type: ignore[misc]
-        """The progress bar alone; the loss goes to the curve, not between the bar's lines."""
-
-        def on_log(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-    kind = types.load(dataset.type)
-    encoded, labels = batches.examples(dataset, "train", batches.preprocessor(checkpoint))
-    steps = max(1, round(section.epochs * -(-len(encoded) // section.batch_size)))
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        max_steps=steps,
-        per_device_train_batch_size=section.batch_size,
-        learning_rate=section.learning_rate,
-        warmup_steps=int(section.warmup_ratio * steps),
-        weight_decay=section.weight_decay,
-        seed=section.seed,
-        save_strategy="no",
-        logging_steps=max(1, steps // 50),
-        report_to=[],
-        disable_tqdm=False,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        # Texts of like length share a batch: half of the time would go into padding.
-        train_sampling_strategy="group_by_length" if "input_ids" in encoded[0] else "random",
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=[
-            {**example, "label": int(k)}
-            for example, k in zip(encoded, labels if len(labels) else [0] * len(encoded), strict=True)
-        ],
-        data_collator=_Collator(dataset.type),
-        compute_loss_func=lambda found, targets, num_items_in_batch=None: kind.loss(found, targets),
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Bar)
-    return trainer
-
-
-class _Collator:
-    """Rows to a batch of tensors, with what the loss compares with as `labels`."""
-
-    def __init__(self, task: str) -> None:
-        self.kind = types.load(task)
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.kind.collate(rows)
-        labels = np.array([row["label"] for row in rows])
-        return batches.tensors({**batch, "labels": self.kind.targets(batch, labels)})
-
-
-def _curve(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    return [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
+    gpus = torch.cuda.device_count()
+    for section in asked:
+        if section.precision == "fp16" and not gpus:
+            raise InputError(
+                "precision: fp16 needs a GPU, and there is none here: use bf16, which a CPU can do, or fp32"
+            )
+        if section.precision == "bf16" and gpus and not torch.cuda.is_bf16_supported():
+            raise InputError(f"precision: bf16 is not for {torch.cuda.get_device_name()}: use fp16 or fp32")
+        if gpus and section.processes > gpus:
+            raise InputError(f"processes: {section.processes} need as many GPUs, there are {gpus}")

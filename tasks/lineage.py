@@ -69,6 +69,14 @@ def checkpoint(version: Version) -> Checkpoint:
     return Checkpoint(blob, facts["type"], facts["identity"], facts["facts"])
 
 
+def teacher(version: Version) -> Checkpoint:
+    """The FP32 baseline that the first ancestor's candidate learned from."""
+    run = baseline_run(version)
+    facts = registry.noted(run)["checkpoints"]["baseline"]
+    blob = _bring(Blob(**facts["blob"]), f"runs:/{run}/teacher", version)
+    return Checkpoint(blob, facts["type"], facts["identity"], facts["facts"])
+
+
 def held_out(version: Version) -> Dataset | None:
     """The version's test and calibration rows; None where none were kept."""
     content = manifest(version)

@@ -355,19 +355,22 @@ def _first_of_each(values: Sequence[Any], kept: Sequence[int]) -> list[int]:
 
 
 def _split(rows: Sequence[tuple[int, Any]], split: Split) -> dict[str, list[int]]:
-    """Rows by part. The order is a hash of each row's value: more data moves no trained row into test."""
-    wanted = split.train + split.test
-    if wanted > len(rows):
+    """Rows by part. The order is a hash of each row's value: more data moves no trained row into test
+    or validation.
+    """
+    held = split.test + split.validation
+    if split.train + held > len(rows):
+        asked = " + ".join(str(n) for n in (split.train, split.test, split.validation) if n)
         raise InputError(
-            f"data.split asks for {split.train} + {split.test} rows, the data has {len(rows)} usable ones; "
-            "lower train or test"
+            f"data.split asks for {asked} rows, the data has {len(rows)} usable ones; lower train or test"
         )
     if split.calibration > split.train:
         raise InputError(f"data.split.calibration ({split.calibration}) is more than train ({split.train})")
     ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{split.seed} {row[1]}".encode()).digest())
     drawn = [k for k, _ in ranked]
     test, train = drawn[: split.test], drawn[len(drawn) - split.train :]
-    return {"train": train, "calibration": train[: split.calibration], "test": test}
+    parts = {"train": train, "calibration": train[: split.calibration], "test": test}
+    return parts | ({"validation": drawn[split.test : held]} if split.validation else {})
 
 
 def _write(file: Path, columns: dict[str, list[Any]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from recipes.schema import Recipe
 from tasks.artifacts import Checkpoint, Dataset, Engine, Facts, Metrics, OnnxModel, Verdict
+from tasks.curves import curves
 from tasks.stage import Timing
 
 LIBRARIES = (
@@ -40,6 +41,8 @@ class Attempt:
     verdict: Verdict | None = None
     measurements: Metrics | None = None
     timeline: tuple[Timing, ...] = ()
+    controls: dict[str, Checkpoint] = field(default_factory=dict)
+    """Trained for their curves alone, with compare_dense: dense and sparse."""
 
 
 def manifest(attempt: Attempt) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def manifest(attempt: Attempt) -> dict[str, Any]:
         "sparsity": calibrated.facts.get("sparsity"),
         "quantizers": calibrated.facts.get("quantizers"),
         "checkpoints": {name: _without(asdict(item), "curve") for name, item in attempt.checkpoints.items()},
+        "curves": curves(attempt),
         "onnx": {name: asdict(item) for name, item in attempt.onnx.items()},
         "engines": {name: asdict(item) | {"bytes": item.bytes} for name, item in attempt.engines.items()},
         "metrics": metrics(attempt),

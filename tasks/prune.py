@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks import registry_garbage, store
+from tasks import registry_garbage, resume, store
 
 DAY = 24 * 3600
 
@@ -48,6 +48,9 @@ def survey(days: float) -> Survey:
     for folder in (store.home() / "store").glob(".staging-*"):
         if folder.stat().st_mtime <= before:
             garbage.append(Garbage("staging", str(folder), _bytes(folder)))
+    for place in resume.root().glob("*"):  # of trainings that were killed and not started again
+        if place.is_dir() and place.stat().st_mtime <= before:
+            garbage.append(Garbage("training", str(place), _bytes(place)))
     garbage += [
         Garbage("shared", run, size)
         for run, size in registry_garbage.unreferenced(referenced, before).items()
@@ -59,8 +62,10 @@ def remove(garbage: Garbage) -> None:
     """Remove one thing; what is gone already is no error."""
     if garbage.kind == "shared":
         registry_garbage.delete_shared(garbage.place)
-    else:
-        shutil.rmtree(garbage.place, ignore_errors=True)
+        return
+    shutil.rmtree(garbage.place, ignore_errors=True)
+    if garbage.kind == "training":
+        Path(f"{garbage.place}.lock").unlink(missing_ok=True)
 
 
 def _artifacts() -> Iterator[Path]:

@@ -27,6 +27,7 @@ from tasks.measurements import measurements_from_json
 from tasks.previous import held_out
 from tasks.registry_alias import CHAMPION, GONE, aliased, client, promote
 from tasks.registry_engine import fetch, log_model, pack, plan_address, run, shared, unpack
+from tasks.registry_training import log_curves
 from tasks.report import report
 from tasks.running import labels
 from tasks.stage import NETWORK
@@ -289,9 +290,7 @@ def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
     mlflow.log_metrics(
         {f"seconds_{t.stage.replace(' ', '_')}_{k}": t.seconds for k, t in enumerate(attempt.timeline)}
     )
-    for name, checkpoint in attempt.checkpoints.items():
-        for point in checkpoint.facts.get("curve", []):
-            mlflow.log_metric(f"{name}_loss", point["loss"], step=int(point["step"]))
+    log_curves(attempt, scratch)
     mlflow.log_text(yaml.safe_dump(attempt.recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
     mlflow.log_dict(content, "manifest.json")
     if attempt.measurements and attempt.measurements.blob:
@@ -299,6 +298,8 @@ def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
         _report(attempt, store.path(attempt.measurements.blob), scratch / "report")
         mlflow.log_artifacts(str(scratch / "report"), "gate")
     mlflow.log_artifacts(str(store.path(attempt.checkpoints["candidate"].blob)), "checkpoint")
+    if attempt.recipe.qat and attempt.recipe.qat.distill and not attempt.retrained:
+        mlflow.log_artifacts(str(store.path(attempt.checkpoints["baseline"].blob)), "teacher")
     if attempt.retrained:  # the rest lies with the version that it came from, or can be made again
         return
     for name, model in attempt.onnx.items():

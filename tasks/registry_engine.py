@@ -55,7 +55,7 @@ def run(name: str, status: str = "FINISHED", experiment: str = EXPERIMENT) -> It
     """An MLflow run of this name; it ends as FAILED when the block raises."""
     import mlflow
 
-    mlflow.start_run(experiment_id=_experiment(experiment), run_name=name)
+    mlflow.start_run(experiment_id=experiment_id(experiment), run_name=name)
     try:
         yield mlflow.active_run()
     except BaseException:
@@ -64,7 +64,8 @@ def run(name: str, status: str = "FINISHED", experiment: str = EXPERIMENT) -> It
     mlflow.end_run(status)
 
 
-def _experiment(name: str) -> str:
+def experiment_id(name: str) -> str:
+    """The experiment of this name, made where it is not there."""
     import mlflow
 
     found = mlflow.get_experiment_by_name(name)
@@ -90,7 +91,7 @@ def shared(blob: Blob, kind: str, name: str, tags: dict[str, str]) -> str:
 
     experiment = f"{EXPERIMENT}-{kind}s"
     known = mlflow.search_runs(
-        [_experiment(experiment)],
+        [experiment_id(experiment)],
         filter_string=f"tags.{kind} = '{blob.sha256}'",
         max_results=1,
         output_format="list",

@@ -45,11 +45,25 @@ timeline: list[Timing] = []
 """The stages of this process's current run, in order; the flow clears it at its start."""
 
 
+Listener = Callable[[str, str, int, dict[str, float]], None]
+listeners: list[Listener] = []
+"""Who is told of a training's losses while it runs; the flow says who."""
+
+
+def tell(key: str, what: str, step: int, losses: dict[str, float]) -> None:
+    """Hand the losses after a step to who listens; without any the training has ended.
+
+    `key` is the stage's, `what` a few words on what is trained.
+    """
+    for listener in tuple(listeners):
+        listener(key, what, step, losses)
+
+
 class Stage(Generic[P, T]):
     """A Prefect task that verifies what its cache returns; `fn` is the plain function."""
 
     def __init__(self, fn: Callable[P, T], uses: tuple[str, ...], gpu: bool, options: dict[str, Any]) -> None:
-        self.fn = fn
+        self.fn, self.uses = fn, uses
         policy = CacheKeyFnPolicy(cache_key_fn=lambda _context, inputs: cache_key(fn, uses, inputs))
         decorate = prefect.task(cache_policy=policy, persist_result=True, result_serializer="json", **options)
         self.task: Any = decorate(slots.on_gpu(fn) if gpu else fn)
@@ -69,6 +83,12 @@ class Stage(Generic[P, T]):
         timeline.append(timing)
         say(f"{timing.stage}: {'reused' if reused else f'{timing.seconds:.1f} s'}")
         return value
+
+    def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """The digest that stands for this call."""
+        bound = inspect.signature(self.fn).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return cache_key(self.fn, self.uses, dict(bound.arguments))
 
 
 def stage(

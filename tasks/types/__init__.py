@@ -62,6 +62,8 @@ class TaskType(Protocol):
     """What the loss compares a batch's outputs with; takes the batch and its labels."""
     loss: Callable[[Any, Tensor], Tensor]
     """The loss of what the network returned."""
+    scores: Callable[[Any, Tensor], Tensor]
+    """The logits that a teacher's are compared with, (rows, classes), of what the network returned."""
 
     row: Callable[[np.ndarray, Example], np.ndarray]
     """What is kept of an output, one-dimensional, without padding."""

@@ -51,6 +51,12 @@ def loss(found: Any, targets: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
 
 
+def scores(found: Any, targets: Tensor) -> Tensor:
+    """The logits of each next token, without padding."""
+    logits: Tensor = types.result(found, "logits")[:, :-1]
+    return logits[targets[:, 1:] != -100]
+
+
 def row(output: np.ndarray, example: Example) -> np.ndarray:
     """The loss of each token after the first, of shape (length - 1,)."""
     wanted = example["input_ids"][1:]

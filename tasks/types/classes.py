@@ -44,6 +44,12 @@ def loss(found: Any, targets: Tensor) -> Tensor:
     return cross_entropy(types.result(found, "logits"), targets)
 
 
+def scores(found: Any, targets: Tensor) -> Tensor:
+    """The logits."""
+    logits: Tensor = types.result(found, "logits")
+    return logits
+
+
 def row(output: np.ndarray, example: Example) -> np.ndarray:
     """The logits."""
     return output

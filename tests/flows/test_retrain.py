@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tasks import lineage, registry, registry_engine, store
+from tasks import lineage, registry, registry_engine, resume, store
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
@@ -308,6 +308,13 @@ def test_pruning_takes_only_what_nothing_refers_to(second: Outcome) -> None:
     assert kept.weights is not None
     for blob in (kept.plan.blob, kept.weights, second.attempt.checkpoints["candidate"].blob):
         assert not [place for place in places if blob.sha256 in place]
+    with pytest.raises(KeyboardInterrupt), resume.held("0" * 64) as place:
+        (place / "checkpoint-1").mkdir()
+        raise KeyboardInterrupt
+    assert not [g for g in prune(days=1).garbage if g.place == str(place)], "it may be started again"
+    (left,) = (g for g in prune(days=0).garbage if g.place == str(place))
+    collector.remove(left)
+    assert not list(resume.root().glob("0*"))
     # The other tests' artifacts lie in this folder, too, and no run has them: only the orphan may go.
     collector.remove(next(garbage for garbage in found.garbage if orphan.sha256 in garbage.place))
     assert not store.intact(orphan)

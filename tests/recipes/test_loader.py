@@ -52,6 +52,15 @@ def test_a_recipe_is_frozen() -> None:
         ("export={opset: 18, precision: fp16}", ["fp16 needs export.opset 19"]),
         ("export={opset: 20, precision: bf16}", ["bf16 needs export.opset 22"]),
         ("export={opset: 22, precision: bf16}", ["bf16 has no kernels in ONNX Runtime's CPU"]),
+        ("finetune.early_stopping=2", ["looks at the validation loss; set data.split.validation"]),
+        ("finetune.distill={}", ["finetune trains the teacher itself"]),
+        ("finetune.lora={targets: []}", ["finetune.lora.targets"]),
+        ("retrain={epochs: 1, lora: {targets: [x]}}", ["retrain.lora", "lora belongs to finetune"]),
+        ("retrain={epochs: 1, distill: {}}", ["retrain.distill is for a recipe with qat"]),
+        ("compare_dense=true", ["it needs sparsify, qat and data.split.validation"]),
+        ("finetune.processes=3", ["batch_size (32) is that of all processes", "their number (3)"]),
+        ("finetune.shard=fsdp2", ["set processes"]),
+        ("finetune.precision=fp8", ["'fp8' is not one of fp32, bf16, fp16"]),
         ("finetune.epochs=.inf", ["finetune.epochs", "finite"]),
         ("task=text-clasification", ["did you mean text-classification?"]),
     ],
@@ -144,6 +153,15 @@ def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
     assert recipe.qat is not None
     assert recipe.finetune is not None
     assert (recipe.qat.epochs, recipe.qat.batch_size) == (1, recipe.finetune.batch_size)
+
+
+def test_an_override_leaves_another_use_of_the_anchor_alone(tmp_path: Path) -> None:
+    text = (recipes.loader.FOLDER / f"{QUICK}.yaml").read_text()
+    (tmp_path / "twice.yaml").write_text(text.replace("\nfinetune: {", "\nfinetune: &t {") + "retrain: *t\n")
+    found = recipes.load(str(tmp_path / "twice.yaml"), ["retrain.epochs=1"])
+    assert found.retrain is not None
+    assert found.finetune is not None
+    assert (found.finetune.epochs, found.retrain.epochs) == (12, 1)
 
 
 def test_no_such_recipe_names_the_nearest() -> None:

@@ -45,6 +45,19 @@ def test_rows_are_split_once_and_disjoint(fresh_home: Path, tmp_path: Path) -> N
     assert loaded(data) == dataset
 
 
+def test_validation_rows_are_neither_trained_on_nor_judged_with(fresh_home: Path, tmp_path: Path) -> None:
+    plain = section(table(tmp_path, ROWS))
+    data = plain.model_copy(update={"split": plain.split.model_copy(update={"validation": 6})})
+    before, after = loaded(plain), loaded(data)
+    parts = {part: set(load.rows(after, part)["text"]) for part in ("train", "test", "validation")}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 20, "test": 10, "validation": 6}
+    assert not parts["validation"] & (parts["train"] | parts["test"])
+    assert before.facts["sha256"].items() <= after.facts["sha256"].items()
+    greedy = plain.model_copy(update={"split": plain.split.model_copy(update={"validation": 60})})
+    with pytest.raises(InputError, match=r"asks for 20 \+ 10 \+ 60 rows"):
+        loaded(greedy)
+
+
 def test_more_data_moves_no_trained_row_into_test(fresh_home: Path, tmp_path: Path) -> None:
     before = loaded(section(table(tmp_path, ROWS)))
     trained = set(load.rows(before, "train")["text"])
