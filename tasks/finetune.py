@@ -78,7 +78,7 @@ def _trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         # Texts of like length share a batch: half of the time would go into padding.
-        train_sampling_strategy="group_by_length" if "input_ids" in encoded[0] else "random",
+        train_sampling_strategy="group_by_length" if kind.COLUMN == "text" else "random",
     )
     trainer = Trainer(
         model=model,

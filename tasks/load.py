@@ -143,7 +143,8 @@ def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> 
             module, config = checkpoints.from_modelopt(locate(model.source), task)
         else:
             weights = _weights(model, content)
-            module, config = checkpoints.from_pretrained(weights, task, len(data.labels), seed)
+            head = len(data.labels) if types.load(task).REFERENCES == "labels" else 0
+            module, config = checkpoints.from_pretrained(weights, task, head, seed)
         settings = _preprocessor(model, data, task, content, folder / "preprocessor")
         _fits(module, task, folder / "preprocessor", settings)
         facts = {"source": model.source, "content": content, "parameters": checkpoints.parameters(module)}
@@ -155,19 +156,21 @@ def _preprocessor(model: Model, data: Data, task: str, content: str, folder: Pat
     """Write what turns a value into inputs, tokenizer and `settings.json`; returns the settings."""
     settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
     folder.mkdir()
-    if column(task) == "text":
+    if column(task) != "image":
         settings["max_length"] = data.max_length
         _tokenizer(locate(model.tokenizer) if model.tokenizer else _weights(model, content), folder)
-    else:
+    if column(task) != "text":
         assert data.image is not None
         settings |= data.image.model_dump(mode="json", exclude={"column"}, exclude_defaults=True)
         settings["scale"] = data.image.scale
+    if data.prompt:
+        settings["prompt"] = data.prompt
     (folder / "settings.json").write_text(json.dumps(settings, sort_keys=True))
     return settings
 
 
 def column(task: str) -> str:
-    """The name of the input column of a task type: text or image."""
+    """The name of the input column of a task type: text, image or pair."""
     return types.load(task).COLUMN
 
 
@@ -176,7 +179,7 @@ def rows(dataset: Dataset, part: str) -> dict[str, list[Any]]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(store.path(dataset.blob) / f"{part}.parquet")
-    return {name: table[name].to_pylist() for name in table.column_names}
+    return {name: columns.cells(table[name].combine_chunks()) for name in table.column_names}
 
 
 def _fits(module: nn.Module, task: str, preprocessor: Path, settings: dict[str, Any]) -> None:
@@ -336,9 +339,11 @@ def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
 def _used(table: pyarrow.Table, data: Data, file: str, labelled: bool) -> pyarrow.Table:
     """The input and, with labels, the label and kept columns alone."""
     label = data.label.column if isinstance(data.label, Label) else data.label
-    wanted = [("data.image.column", data.image.column) if data.image else ("data.text", data.text)]
+    inputs = {"data.image.column": data.image and data.image.column, "data.text": data.text}
+    wanted = [(key, name) for key, name in inputs.items() if name]
     if labelled:
-        wanted += [("data.label", label)] * bool(label) + [("data.keep", name) for name in data.keep]
+        wanted += [("data.label", label)] if label else []
+        wanted += [("data.keep", name) for name in data.keep]
     for key, name in wanted:
         if name not in table.column_names:
             has = ", ".join(map(str, table.column_names))
@@ -350,7 +355,7 @@ def _first_of_each(values: Sequence[Any], kept: Sequence[int]) -> list[int]:
     """The kept rows without repetitions, so that no test row was trained on."""
     seen: dict[Any, int] = {}
     for k in kept:
-        seen.setdefault(values[k] if isinstance(values[k], str) else tuple(values[k]), k)
+        seen.setdefault(columns.identity(values[k]), k)
     return list(seen.values())
 
 
@@ -364,10 +369,16 @@ def _split(rows: Sequence[tuple[int, Any]], split: Split) -> dict[str, list[int]
         )
     if split.calibration > split.train:
         raise InputError(f"data.split.calibration ({split.calibration}) is more than train ({split.train})")
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{split.seed} {row[1]}".encode()).digest())
+    ranked = sorted(rows, key=lambda row: _rank(row[1], split.seed))
     drawn = [k for k, _ in ranked]
     test, train = drawn[: split.test], drawn[len(drawn) - split.train :]
     return {"train": train, "calibration": train[: split.calibration], "test": test}
+
+
+def _rank(value: Any, seed: int) -> bytes:
+    if isinstance(value, (str, list)):
+        return hashlib.sha256(f"{seed} {value}".encode()).digest()
+    return hashlib.sha256(f"{seed} ".encode() + columns.identity(value)).digest()
 
 
 def _write(file: Path, columns: dict[str, list[Any]]) -> None:

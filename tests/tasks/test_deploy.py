@@ -249,7 +249,7 @@ def test_a_tensorrt_engine_gets_its_backend_and_the_gpu(engines: list[Engine], f
     predictor = Predictor(folder / MODEL / "current")
     feeds = triton.batches(predictor)
     outputs = [predictor.session.run(feed) for feed in feeds]
-    fields = triton._fields(predictor, "1", "tensorrt", feeds, outputs, Triton())
+    fields = triton._fields(predictor.session, 64, "1", "tensorrt", feeds, outputs, Triton())
     (folder / "triton" / MODEL / "config.pbtxt").write_text(triton.text({"name": MODEL, **fields}))
     config = parsed(folder)
     assert (config.backend, config.instance_group[0].kind) == ("tensorrt", 1)
