@@ -10,21 +10,17 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from recipes.loader import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LAYERS, SIZE, PATCH = 12, 56, 14
-MADE_OF = {  # the six products of a layer, by the scope of their nodes
-    "attention/attention/query": "attention.attention.query",
-    "attention/attention/key": "attention.attention.key",
-    "attention/attention/value": "attention.attention.value",
-    "attention/output/dense": "attention.output.dense",
-    "mlp/fc1": "mlp.fc1",
-    "mlp/fc2": "mlp.fc2",
+RENAMED = {  # since the graph was exported
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
 }
 
 
@@ -68,25 +64,26 @@ def _vision_weights(file: Path) -> dict[str, Tensor]:
     import torch
     from onnx import numpy_helper
 
-    model = onnx.load(file)
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    found = {
-        name.removeprefix("backbone."): array
-        for name, array in stored.items()
-        if name.startswith("backbone.")
-    }
-    for node in model.graph.node:
+    graph = onnx.load(file).graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = {name: array for name, array in stored.items() if name.startswith("backbone.")}
+    for node in graph.node:
         scope, _, kind = node.name.rpartition("/")
         if kind == "MatMul" and node.input[1] in stored:
-            layer, _, place = scope.removeprefix("/backbone/encoder/").partition("/")
-            found[f"encoder.{layer}.{MADE_OF[place]}.weight"] = stored[node.input[1]].T
+            found[f"{scope.strip('/').replace('/', '.')}.weight"] = stored[node.input[1]].T
         elif node.name == "/backbone/embeddings/Reshape_1":  # the patches' positions, before they are resized
             patches = stored[node.input[0]]
         elif node.name == "/backbone/embeddings/Concat_6":
             first = stored[node.input[0]]
-    tensors = {name: torch.from_numpy(np.array(array)) for name, array in found.items()}
-    tensors["embeddings.position_embeddings"] = _resized(torch.from_numpy(first), torch.from_numpy(patches))
-    return tensors
+    tensors = {_renamed(name): torch.from_numpy(array.copy()) for name, array in found.items()}
+    positions = (torch.from_numpy(array.copy()) for array in (first, patches))
+    return tensors | {"embeddings.position_embeddings": _resized(*positions)}
+
+
+def _renamed(name: str) -> str:
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name.removeprefix("backbone.")
 
 
 def _resized(first: Tensor, patches: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def _trace(model: nn.Module, sample: types.Example, kind: types.Graph, opset: in
     graph = onnx.load_from_string(OnnxBytes.from_bytes(content).get_onnx_model_file_bytes())
     upstream.q_dq_in_tensorrts_domain(graph)
     upstream.q_dq_after_softmax(graph)
+    upstream.padding_left_to_compute(graph)
     upstream.float_types_of_fp8_values(graph)
     _name_output(graph, kind.OUTPUTS)
     return graph

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tasks import deploy, drift, registry, store
+from tasks import deploy, drift, load, registry, store
 from tasks.artifacts import Engine
 from tasks.build import host, machine
 from tasks.engines import module
@@ -182,6 +182,17 @@ def test_drift_counts_in_both(clip: Outcome) -> None:
     assert len(found["size"]) == 32
     assert any("vision_model" in name for name in found["overflow"])
     assert any("text_model" in name for name in found["overflow"])
+
+
+def test_drift_is_seen_in_images_that_come_alone(clip: Outcome, tmp_path: Path) -> None:
+    assert clip.attempt is not None
+    bright = [{"image": picture[0].tolist()} for picture in sides(40)]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, bright)))
+    section = clip.attempt.recipe.data.model_copy(update={"source": f"path:{tmp_path / 'new.jsonl'}"})
+    new = load.load_inputs.fn(section, "image-text", "content")
+    found = drift.loaded(drift.observe.fn(engine_of(clip), None, new, "inputs", "here"))
+    assert len(found["size"]) == 40
+    assert not [name for name in found["overflow"] if "text_model" in name]
 
 
 @pytest.mark.skipif(module("tensorrt-rtx").version("tensorrt_rtx") is None, reason="TensorRT-RTX")

@@ -123,12 +123,12 @@ def test_files_are_resized_and_coloured_as_the_recipe_says(pictures: Path) -> No
         ({"files": ["arrays.parquet"], "image": {"shape": (1, 9, 9), "column": "image"}}, r"shape \(8, 8\)"),
     ],
 )
-def test_bad_images_are_named(pictures: Path, changes: dict[str, Any], words: str) -> None:
+def test_bad_images_are_named(pictures: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     (pictures / "broken.csv").write_text("image,label\nrows.csv,left\n")
     (pictures / "missing.csv").write_text("image,label\nnone.png,left\n")
     for name, content in {"cut": _png(np.uint8)[:-24], "deep": _png(np.uint16)}.items():
-        (pictures / f"{name}.png").write_bytes(content)
-        (pictures / f"{name}.csv").write_text(f"image,label\n{name}.png,left\n")
+        (tmp_path / f"{name}.png").write_bytes(content)
+        (pictures / f"{name}.csv").write_text(f"image,label\n{tmp_path / name}.png,left\n")
     if "source" in changes:
         changes = changes | {"source": changes["source"].format(pictures)}
     with pytest.raises(InputError, match=words):
