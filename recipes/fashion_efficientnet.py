@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes.loader import RecipeError
 
@@ -28,7 +28,8 @@ def build(labels: int) -> nn.Module:
             f"{error}: run `make fashion`, which installs the weights and the images"
         ) from error
     (file,) = (file for file in files if file.suffix == ".pth")
-    network: nn.Module = EfficientNet.from_name("efficientnet-lite0", image_size=SIZE)
+    network: Any = EfficientNet.from_name("efficientnet-lite0", image_size=SIZE)
     network.load_state_dict(torch.load(str(file.locate()), weights_only=True))
     network._fc = nn.Linear(network._fc.in_features, labels)
-    return network
+    made: nn.Module = network
+    return made

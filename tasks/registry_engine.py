@@ -152,7 +152,7 @@ def signature(settings: dict[str, Any]) -> Any:
     value = task.example(settings)
     if pairs:  # a row has an image, a text, or both
         pixels = Array(Array(Array(DataType.double)))
-        kinds = {"image": pixels, "text": DataType.string}
+        kinds: dict[str, Any] = {"image": pixels, "text": DataType.string}
         columns: list[Any] = [ColSpec(kind, name, required=False) for name, kind in kinds.items()]
         return ModelSignature(Schema(columns), outputs)
     if isinstance(value, str):

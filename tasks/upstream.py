@@ -5,7 +5,7 @@ Each has a test that fails when ModelOpt no longer does it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx
@@ -58,9 +58,10 @@ def padding_left_to_compute(model: onnx.ModelProto) -> None:
             continue
         wanted = helper.make_tensor_value_info(pad.input[1], 0, None)
         part = helper.make_graph(chain, "pads", [], [wanted], list(graph.initializer))
-        (pads,) = ReferenceEvaluator(helper.make_model(part, opset_imports=model.opset_import)).run(None, {})
+        evaluator = ReferenceEvaluator(helper.make_model(part, opset_imports=model.opset_import))
+        found: Any = evaluator.run(None, {})
         pad.input[1] = f"{pad.output[0]}_pads"
-        graph.initializer.append(numpy_helper.from_array(pads, pad.input[1]))
+        graph.initializer.append(numpy_helper.from_array(found[0], pad.input[1]))
     _drop_unused(graph)
 
 

@@ -239,8 +239,13 @@ def test_a_level_that_changes_the_answers_is_not_taken(engines: list[Engine], fo
     place = folder / "triton" / MODEL / "1"
     assert triton._level(place, feeds, outputs) in triton.LEVELS
     wrong = [{name: array + 1 for name, array in run.items()} for run in outputs]
+    limits = predictor.about["facts"]["limits"]
     with pytest.raises(InputError, match="gives other outputs"):
-        triton._level(place, feeds, wrong)
+        triton._level(place, feeds, wrong, limits)
+    rounded = [{name: array + 0.01 * np.abs(array).max() for name, array in run.items()} for run in outputs]
+    with pytest.raises(InputError, match="gives other outputs: .*off by 0.0"):
+        triton._level(place, feeds, rounded)
+    assert triton._level(place, feeds, rounded, limits) in triton.LEVELS
 
 
 def test_a_tensorrt_engine_gets_its_backend_and_the_gpu(engines: list[Engine], folder: Path) -> None:

@@ -118,6 +118,10 @@ def test_its_engine_convolves_in_integers_through_padding_and_relu6(
     assert engine.facts["proof"]["operators"].get("QLinearConv") == 2, floats
     assert {"padding", "relu6", "conv"} <= {step["transform"] for step in engine.facts["steps"]}
     assert engine.facts["agrees"]
+    assert (
+        engine.facts["proof"]["unplaced"] == []
+    )  # the last convolution, in float, has its share of the work
+    assert 0.3 < engine.facts["proof"]["quantized_share"] < 0.9
 
 
 def test_norms_are_folded_before_pruning_so_that_zeros_stay(image: Any, checkpoint: Checkpoint) -> None:
