@@ -53,3 +53,20 @@ def test_what_would_change_a_number_stays(model: onnx.ModelProto, kept: str) -> 
     assert operators(lowered)[kept] == 1
     wanted, found = run(model, samples()), run(lowered, samples())
     assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_a_channel_that_is_its_bias_keeps_no_convolution_in_float() -> None:
+    """A batch norm that was folded in leaves weights of next to nothing; the bias does not fit their scale."""
+    b = Builder(0)
+    scales = np.full(8, 0.01, np.float32)
+    scales[3] = 1e-13
+    integers = b.constant(b.random.integers(-127, 128, (8, 2, 3, 3)), np.int8)
+    weight = b.add("DequantizeLinear", integers, b.constant(scales), b.zero((8,)), axis=0)
+    bias = b.constant(np.linspace(-3, 3, 8))
+    first = b.add("Relu", b.add("Conv", b.activation("x", 0.05), weight, bias))
+    last = b.add("Conv", b.activation(first, 0.5), b.weight(4, 8, 1, 1))
+    model = b.model({"x": (TensorProto.FLOAT, ["n", 2, 8, 8])}, last, ["n", 4, 6, 6])
+    lowered, steps = lower(model)
+    assert [step["transform"] for step in steps] == ["conv"]
+    wanted, found = run(model, samples()), run(lowered, samples())
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
