@@ -56,7 +56,7 @@ def test_what_would_change_a_number_stays(model: onnx.ModelProto, kept: str) -> 
 
 
 def test_a_channel_that_is_its_bias_keeps_no_convolution_in_float() -> None:
-    """A batch norm that was folded in leaves weights of next to nothing; the bias does not fit their scale."""
+    """A batch norm folded in leaves weights of next to nothing, whose scale is too small for the bias."""
     b = Builder(0)
     scales = np.full(8, 0.01, np.float32)
     scales[3] = 1e-13
