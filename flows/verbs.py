@@ -155,12 +155,13 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _value(text: str) -> Any:
-    """An image's JSON array, else the text itself."""
+    """An image's JSON array or a pair's JSON object, else the text itself."""
     try:
         found = json.loads(text)
     except ValueError:
         return text
-    return found if isinstance(found, list) else text
+    pair = isinstance(found, dict) and set(found) <= {"image", "text"}
+    return found if pair or isinstance(found, list) else text
 
 
 def _touched(options: argparse.Namespace) -> int:

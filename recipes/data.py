@@ -67,7 +67,8 @@ class Data(Section):
 
     `format: imagefolder` is a folder of images, a subfolder per label (columns `image` and `label`).
     `keep` names further columns, for the gate's floors. `query` is SQL (DuckDB's) over Parquet files, which
-    it sees as the table `rows`; its result is the data, whatever else the files hold.
+    it sees as the table `rows`; its result is the data, whatever else the files hold. `prompt` makes an
+    image's text of its label: `a photo of a {label}`.
     """
 
     source: Source
@@ -81,6 +82,7 @@ class Data(Section):
     image: Image | None = None
     label: str | Label | None = None
     labels: tuple[str, ...] = ()
+    prompt: str | None = None
     split: Split
     max_length: int = Field(128, ge=2, le=8192)
 
@@ -90,4 +92,6 @@ class Data(Section):
             raise ValueError("labels: name the classes of `label`, at least two")
         if self.label is None and self.labels:
             raise ValueError("labels are named and no `label` says where they are; add it")
+        if self.prompt is not None and (self.label is None or "{label}" not in self.prompt):
+            raise ValueError("prompt is a text around {label}, which `label` and `labels` are needed for")
         return self

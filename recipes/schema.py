@@ -14,20 +14,26 @@ from recipes.gate import Gate
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 # A path of the repository as git's `:(glob)` reads it: `*` stays in a folder, `**` does not.
 Glob = Annotated[str, StringConstraints(pattern=r"^\.?[^/:.](\.?[^.])*\.?$")]
-Task = Literal["text-classification", "image-classification", "sentence-embedding", "causal-lm"]
+Task = Literal["text-classification", "image-classification", "image-text", "sentence-embedding", "causal-lm"]
 
 
 class Needs(NamedTuple):
-    """What a kind of task asks of a recipe: the key of `data` with its inputs, labels, and may it train."""
+    """What a kind of task asks of a recipe: texts, images or pairs as inputs, labels, and may it train."""
 
-    column: Literal["text", "image"]
+    column: Literal["text", "image", "pair"]
     labels: bool = True
     trains: bool = True
+
+    @property
+    def texts(self) -> bool:
+        """Whether there are texts, which have a tokenizer and a length."""
+        return self.column != "image"
 
 
 TASKS: dict[str, Needs] = {
     "text-classification": Needs("text"),
     "image-classification": Needs("image"),
+    "image-text": Needs("pair", labels=False),
     "sentence-embedding": Needs("text", labels=False, trains=False),
     "causal-lm": Needs("text", labels=False),
 }
@@ -145,11 +151,13 @@ class Recipe(Section):
         return self
 
     def _task_fits(self, needs: Needs) -> None:
-        if getattr(self.data, needs.column) is None:
+        if needs.column == "pair":
+            self._pair_fits()
+        elif getattr(self.data, needs.column) is None:
             raise ValueError(f"task {self.task} needs data.{needs.column}")
         if needs.labels and self.data.label is None:
             raise ValueError(f"task {self.task} needs data.label and data.labels")
-        if not needs.labels and self.data.label is not None:
+        if not needs.labels and needs.column != "pair" and self.data.label is not None:
             raise ValueError(f"task {self.task} has no labels; remove data.label and data.labels")
         given = [name for name in ("finetune", "qat", "retrain") if getattr(self, name) is not None]
         if given and not needs.trains:
@@ -157,8 +165,17 @@ class Recipe(Section):
                 f"task {self.task} is not trained here, the weights are model.source's; remove "
                 + ", ".join(given)
             )
-        if needs.column == "text" and self.model.source.startswith("python:") and not self.model.tokenizer:
+        if needs.texts and self.model.source.startswith("python:") and not self.model.tokenizer:
             raise ValueError("a python: model of texts has no tokenizer; say where one is: model.tokenizer")
+
+    def _pair_fits(self) -> None:
+        if self.data.image is None:
+            raise ValueError(f"task {self.task} needs data.image")
+        if (self.data.text is None) == (self.data.prompt is None):
+            raise ValueError(
+                f"task {self.task} needs a text for each image: data.text names its column, or data.prompt "
+                "makes it of data.label; set one of the two"
+            )
 
     @model_validator(mode="after")
     def _trainings_fit(self) -> Recipe:
@@ -211,7 +228,7 @@ class Recipe(Section):
         profiles = self.build.tensorrt.profiles if self.build.tensorrt else ()
         if not (self.build.tensorrt and profiles):
             return self
-        text = TASKS[self.task].column == "text"
+        text = TASKS[self.task].texts
         if not text and any(profile.length for profile in profiles):
             raise ValueError("build.tensorrt.profiles: images have a batch and no length; leave length out")
         longest = self.data.max_length if text else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,17 @@ def batches(dataset: Dataset, part: str, preprocessor: Path, size: int) -> Itera
 def samples(dataset: Dataset, preprocessor: Path, count: int = 4, size: int = 8) -> list[Example]:
     """A few real batches from the calibration rows, for parity checks and shapes."""
     return list(itertools.islice(batches(dataset, "calibration", preprocessor, size), count))
+
+
+def forward(dataset: Dataset, checkpoint: Checkpoint) -> Callable[[nn.Module], Tensor]:
+    """A function that gives a network's output for a few calibration rows."""
+    kind = types.load(dataset.type)
+
+    @functools.cache
+    def sample() -> dict[str, Tensor]:
+        return tensors(samples(dataset, preprocessor(checkpoint), count=1, size=2)[0])
+
+    return lambda model: kind.forward(model, sample())
 
 
 def forward_loop(

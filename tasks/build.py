@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes.build import Build, Precision, Profile, Runtime, TensorRT
 from tasks import batches, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
-from tasks.engines import module
-from tasks.engines.common import Built, graph_digest
+from tasks.engines import module, together
+from tasks.engines.common import Built
 from tasks.errors import InputError
 from tasks.stage import say, stage
 
@@ -83,14 +84,36 @@ def build(
             built = _only_checked(model, folder, runtime)
         else:
             samples = batches.samples(dataset, folder / "preprocessor")
-            source = store.path(model.blob)
-            options = _options(runtime, section, dataset, folder / "preprocessor", samples[0])
-            if runtime != "onnxruntime" and options["sparse"] is None:
-                options["sparse"] = module(runtime).is_sparse(source)
-            built = module(runtime).build(source, folder, samples=samples, **options)
-            if "command" in built.facts:
-                say(f"build, {runtime} {built.version}: {built.facts['command']}")
+            built = together.merged(
+                {
+                    name: _part(model, name, part, folder, samples, runtime, section)
+                    for name, part in types.parts(types.load(dataset.type)).items()
+                }
+            )
         return _engine(built, folder, model.format)
+
+
+def _part(
+    model: OnnxModel,
+    name: str,
+    part: types.Graph,
+    folder: Path,
+    samples: Sequence[types.Example],
+    runtime: Runtime,
+    section: Build,
+) -> Built:
+    """One graph's plan and weights, in the engine's folder."""
+    source = store.path(model.blob) / name
+    own = [{key: sample[key] for key in part.INPUTS} for sample in samples]
+    options = _options(runtime, section, part.INPUTS, folder / "preprocessor", own[0])
+    if runtime != "onnxruntime" and options["sparse"] is None:
+        options["sparse"] = module(runtime).is_sparse(source)
+    (folder / name).mkdir(exist_ok=True)
+    built: Built = module(runtime).build(source, folder / name, samples=own, **options)
+    if "command" in built.facts:
+        say(f"build, {runtime} {built.version}: {built.facts['command']}")
+    together.settled(folder, name)
+    return built
 
 
 def _engine(built: Built, folder: Path, format: str) -> Engine:
@@ -106,22 +129,22 @@ def _engine(built: Built, folder: Path, format: str) -> Engine:
 
 
 def _only_checked(model: OnnxModel, folder: Path, runtime: str) -> Built:
-    import onnx
-
     shutil.copytree(store.path(model.blob), folder / "plan")
-    graph = onnx.load(folder / "plan" / "model.onnx", load_external_data=False)
     why = f"{runtime} is not installed here; the plan is the ONNX, to be built where it is"
-    return Built(graph_digest(graph), runtime, "none", "none", "checked", {"why": why})
+    return Built(together.graph_of(folder / "plan"), runtime, "none", "none", "checked", {"why": why})
 
 
 def _options(
-    runtime: Runtime, section: Build, dataset: Dataset, preprocessor: Path, sample: types.Example
+    runtime: Runtime,
+    section: Build,
+    axes: dict[str, dict[int, str]],
+    preprocessor: Path,
+    sample: types.Example,
 ) -> dict[str, Any]:
     if runtime == "onnxruntime":
         return {"threads": section.threads}
     asked = section.tensorrt or TensorRT()
     longest = types.settings(preprocessor).get("max_length")
-    axes = types.load(dataset.type).INPUTS
     most = section.max_batch
     profiles = asked.profiles or (Profile(batch=(1, min(8, most), most)),)
     flavor = runtime.replace("-", "_")

@@ -32,6 +32,7 @@ BMM = ("q_bmm_quantizer", "k_bmm_quantizer", "p_bmm_quantizer", "v_bmm_quantizer
 def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Checkpoint:
     """Quantize every linear layer, convolution and (where asked) embedding that is not excluded."""
     model, config = checkpoints.restore(checkpoint)
+    model, config = checkpoints.without_norms(model, config, batches.forward(dataset, checkpoint))
     model.to(checkpoints.device())
     looked_at = layers.quantizable(model)
     pruned = checkpoints.sparsity(model)

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import layers, store, types
+from tasks import layers, norms, store, types
 from tasks.artifacts import Checkpoint, Facts
 from tasks.errors import InputError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 STATE = "modelopt_state.pth"
+NORMS = "norms_in_convolutions"
 
 
 @contextlib.contextmanager
@@ -191,8 +192,21 @@ def restore_folder(folder: Path, task: str) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), config
 
 
+def without_norms(
+    model: nn.Module, config: dict[str, Any], forward: norms.Forward
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with its batch norms in the convolutions before them, and a config that says so."""
+    if quantizers(model) or any(hasattr(module, "_weight_mask") for module in model.modules()):
+        return model, config
+    model, into = norms.folded(model, forward)
+    return model, {**config, NORMS: into} if into else config
+
+
 def _network(config: dict[str, Any], task: str) -> nn.Module:
     """The network of a config, its weights not yet loaded."""
+    if NORMS in config:
+        whole = {name: value for name, value in config.items() if name != NORMS}
+        return norms.without(_network(whole, task), config[NORMS])
     if config["model_type"] == "python":
         return _own(config["function"], task, config["labels"])
     from transformers import AutoConfig

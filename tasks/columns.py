@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from recipes.data import Data, Image, Label
 from tasks import types
 from tasks.errors import InputError
+from tasks.types.image_text import prompt
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,11 +29,16 @@ def column(table: pyarrow.Table, name: str, key: str) -> list[Any]:
 
 
 def values(table: pyarrow.Table, data: Data, task: str) -> list[Any]:
-    """The inputs: texts, or images as flat lists of pixels."""
-    if types.load(task).COLUMN == "text":
+    """The inputs: texts, images as flat lists or arrays of pixels, or both of each pair."""
+    kind = types.load(task).COLUMN
+    if kind == "text":
         return _texts(table, data)
     assert data.image is not None
-    return _pixels(table, data) if data.image.column is None else _pictures(table, data.image)
+    images = _pixels(table, data) if data.image.column is None else _pictures(table, data.image)
+    if kind == "image":
+        return images
+    texts = _texts(table, data) if data.text else _prompts(table, data)
+    return [{"image": image, "text": text} for image, text in zip(images, texts, strict=True)]
 
 
 def _texts(table: pyarrow.Table, data: Data) -> list[str]:
@@ -44,6 +51,16 @@ def _texts(table: pyarrow.Table, data: Data) -> list[str]:
             f"(first at row {bad[0] + 1}: {texts[bad[0]]!r}); remove or fill them"
         )
     return texts
+
+
+def _prompts(table: pyarrow.Table, data: Data) -> list[str | None]:
+    """Each row's label in the prompt; None where rows come without labels."""
+    assert data.prompt is not None
+    assert data.label is not None
+    if (data.label.column if isinstance(data.label, Label) else data.label) not in table.column_names:
+        return [None] * len(table)
+    found, _ = labels(table, data)
+    return [prompt(data.prompt, data.labels[found[k]]) if k in found else None for k in range(len(table))]
 
 
 def _pixels(table: pyarrow.Table, data: Data) -> list[list[float]]:
@@ -69,16 +86,18 @@ def _pixels(table: pyarrow.Table, data: Data) -> list[list[float]]:
     return images
 
 
-def _pictures(table: pyarrow.Table, image: Image) -> list[list[float]]:
-    """Images of one column, decoded and resized, as flat lists of pixels."""
+def _pictures(table: pyarrow.Table, image: Image) -> list[np.ndarray]:
+    """Images of one column, decoded and resized, as flat arrays of pixels."""
     assert image.column is not None
-    found: list[list[float]] = []
+    found: list[np.ndarray] = []
     for row, value in enumerate(column(table, image.column, "data.image.column")):
         try:
-            found.append(picture(value, image).ravel().tolist())
+            found.append(picture(value, image).ravel())
         except (OSError, TypeError, ValueError) as error:
+            file = value.get("path") if isinstance(value, dict) else value
+            named = f" ({file})" if isinstance(file, str) and file not in str(error) else ""
             raise InputError(
-                f"data.image: row {row + 1} of column {image.column!r} is not an image: {error}"
+                f"data.image: row {row + 1} of column {image.column!r} is not an image{named}: {error}"
             ) from error
     return found
 
@@ -100,8 +119,46 @@ def picture(value: Any, image: Image) -> np.ndarray:
     if channels not in (1, 3):
         raise ValueError(f"a file gives 1 or 3 channels, data.image.shape asks for {channels}")
     with PIL.Image.open(Path(content) if isinstance(content, str) else io.BytesIO(content)) as opened:
+        if opened.mode not in (
+            "1",
+            "L",
+            "LA",
+            "P",
+            "PA",
+            "RGB",
+            "RGBA",
+            "RGBX",
+            "CMYK",
+            "YCbCr",
+            "LAB",
+            "HSV",
+        ):
+            raise ValueError(
+                f"its pixels ({opened.mode}) have more than 8 bits, which would be cut; save it with 8"
+            )
         resized = opened.convert("L" if channels == 1 else "RGB").resize((width, height), BILINEAR)
-    return np.asarray(resized, dtype=np.float64).reshape(height, width, channels).transpose(2, 0, 1)
+    return np.asarray(resized).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def cells(column: pyarrow.Array) -> list[Any]:
+    """A stored column's values; lists of numbers as arrays, which take a tenth of the memory."""
+    import pyarrow
+
+    if pyarrow.types.is_list(column.type):
+        return [None if row.values is None else row.values.to_numpy() for row in column]
+    if pyarrow.types.is_struct(column.type):
+        fields = {field.name: cells(column.field(field.name)) for field in column.type}
+        return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+    return list(column.to_pylist())
+
+
+def identity(value: Any) -> bytes:
+    """Equal for inputs that are the same: by text, by pixels, of a pair by its image's pixels."""
+    if isinstance(value, dict):
+        value = value["image"]
+    if isinstance(value, str):
+        return value.encode()
+    return hashlib.sha256(np.asarray(value, dtype=np.float32).tobytes()).digest()
 
 
 def labels(table: pyarrow.Table, data: Data) -> tuple[dict[int, int], list[int]]:

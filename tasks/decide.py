@@ -51,7 +51,9 @@ def measurements(
 ) -> Measurements:
     """Everything the gate may look at, per engine: candidate, baseline and perhaps champion."""
     table = load.rows(dataset, "test")
-    kept = {name: column for name, column in table.items() if name not in ("text", "image", "label")}
+    kept = {
+        name: column for name, column in table.items() if name not in (load.column(dataset.type), "label")
+    }
     slices: dict[str, Sequence[Any]] = {**kept}
     if "label" in table:
         slices["label"] = [dataset.labels[k] for k in table["label"]]

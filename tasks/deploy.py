@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from recipes.schema import Deploy
+from recipes.schema import Deploy, Triton
 from tasks import store, triton, types
 from tasks.artifacts import Engine
 from tasks.engines.common import RefitError
@@ -78,9 +78,17 @@ def intact(model: str, version: str) -> bool:
     folder = root() / model / "versions" / version
     if not folder.is_dir() or damage(folder):
         return False
-    config = folder / CONFIG
-    expected = config.is_file() and bool(config.read_text())
-    return not expected or (root() / "triton" / model / version).is_dir()
+    return all(
+        (repository / version).is_dir()
+        for part, repository in triton.repositories(folder, root() / "triton" / model).items()
+        if _config(folder, part)
+    )
+
+
+def _config(folder: Path, part: str) -> str:
+    """What Triton is told of a served version's part; empty where it serves none."""
+    file = folder / f"{part}{CONFIG}"
+    return file.read_text() if file.is_file() else ""
 
 
 def damage(folder: Path) -> str | None:
@@ -115,8 +123,7 @@ def prepare(
             with _at_fault():
                 _prove(engine, fresh)
                 if section.triton:
-                    text = triton.write(fresh, version, root() / "triton" / model, section.triton, threads)
-                    (fresh / CONFIG).write_text(text)
+                    _for_triton(fresh, model, version, section.triton, threads)
             shutil.rmtree(folder / "versions" / version, ignore_errors=True)
             fresh.rename(folder / "versions" / version)
         finally:
@@ -158,8 +165,7 @@ def ask(engine: Engine) -> np.ndarray:
     kind = types.load(types.settings(preprocessor)["type"])
     feed = kind.collate(kind.encode(preprocessor, kind.smoke(preprocessor)))
     with opened(engine) as session:
-        (found,) = session.run(feed).values()
-    return np.asarray(found)
+        return types.joined(kind, session.run(feed))
 
 
 def _prove(engine: Engine, folder: Path) -> None:
@@ -173,23 +179,34 @@ def _prove(engine: Engine, folder: Path) -> None:
     (folder / SMOKE).write_text(json.dumps(found.astype(np.float64).tolist()))
 
 
+def _for_triton(folder: Path, model: str, version: str, section: Triton, threads: int | None) -> None:
+    """The version in Triton's repository, a model for each of its graphs, not yet switched to."""
+    for part, repository in triton.repositories(folder, root() / "triton" / model).items():
+        text = triton.write(folder, version, repository, section, threads, part)
+        (folder / f"{part}{CONFIG}").write_text(text)
+
+
 def _link(model: str, version: str | None) -> None:
-    """Replace `current`, then Triton's config, each by one rename."""
-    folder, repository = root() / model, root() / "triton" / model
+    """Replace `current`, then Triton's config (of each part), each by one rename."""
+    folder, place = root() / model, root() / "triton" / model
     if version is None:
         (folder / "current").unlink(missing_ok=True)
-        shutil.rmtree(repository, ignore_errors=True)
+        for repository in triton.known(place):
+            shutil.rmtree(repository, ignore_errors=True)
         return
     fresh = folder / f".current-{os.getpid()}"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(Path("versions") / version)
     fresh.replace(folder / "current")
-    config = folder / "versions" / version / CONFIG
-    if not config.is_file() or not config.read_text():
-        shutil.rmtree(repository, ignore_errors=True)  # what it held is not what serves
-        return
-    shutil.copyfile(config, repository / f".{CONFIG}")
-    (repository / f".{CONFIG}").replace(repository / CONFIG)
+    served = folder / "versions" / version
+    models = triton.repositories(served, place)
+    told = {repository: text for part, repository in models.items() if (text := _config(served, part))}
+    for repository, text in told.items():
+        (repository / f".{CONFIG}").write_text(text)
+        (repository / f".{CONFIG}").replace(repository / CONFIG)
+    for repository in triton.known(place):
+        if repository not in told:  # what it holds is not what serves
+            shutil.rmtree(repository, ignore_errors=True)
 
 
 def _prune(model: str, keep: int) -> None:
@@ -197,12 +214,12 @@ def _prune(model: str, keep: int) -> None:
     versions = [p for p in (root() / model / "versions").iterdir() if not p.name.startswith(".")]
     now = current(model)
     versions.sort(key=lambda folder: (folder.name == now, folder.stat().st_mtime), reverse=True)
-    repository = root() / "triton" / model
     for folder in versions[keep:]:
         shutil.rmtree(folder)
-        shutil.rmtree(repository / folder.name, ignore_errors=True)
-        for file in repository.glob(f"warmup/{folder.name}-*"):
-            file.unlink()
+        for repository in triton.known(root() / "triton" / model):
+            shutil.rmtree(repository / folder.name, ignore_errors=True)
+            for file in repository.glob(f"warmup/{folder.name}-*"):
+                file.unlink()
 
 
 @contextmanager

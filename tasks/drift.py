@@ -16,6 +16,7 @@ import numpy as np
 from recipes.schema import Drift
 from tasks import batches, store, types
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel
+from tasks.engines import together
 from tasks.engines.common import Session
 from tasks.errors import InputError
 from tasks.stage import stage
@@ -47,14 +48,14 @@ def observe(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str
     order = sorted(range(len(encoded)), key=lambda k: max(array.size for array in encoded[k].values()))
     seen: dict[str, list[float]] = {"size": []}
     ends: dict[str, float] = {}
-    total, (name,) = 0, kind.OUTPUTS
+    total = 0
     with _counting(engine, model) as session:
         for start in range(0, len(order), BATCH):
             chosen = [encoded[k] for k in order[start : start + BATCH]]
             feed = kind.collate(chosen)
             outputs = session.run(feed)
             total += _add(outputs, feed, ends)
-            for example, output in zip(chosen, outputs[name], strict=True):
+            for example, output in zip(chosen, types.joined(kind, outputs), strict=True):
                 traits = {"size": kind.size(example), **kind.traits(kind.row(output, example))}
                 for trait, value in traits.items():
                     seen.setdefault(trait, []).append(value)
@@ -65,13 +66,17 @@ def observe(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str
 
 
 def _counting(engine: Engine, model: OnnxModel | None) -> AbstractContextManager[Session]:
-    from tasks.engines import onnxruntime_ranges
+    from tasks.engines.onnxruntime_ranges import counting
 
-    if model is not None:
-        return onnxruntime_ranges.counting(store.path(model.blob), None)
-    assert engine.plan.runtime == "onnxruntime", "another runtime's engine is counted in its ONNX"
-    weights = store.path(engine.weights) if engine.weights else None
-    return onnxruntime_ranges.counting(store.path(engine.plan.blob), weights)
+    assert model or engine.plan.runtime == "onnxruntime", "another runtime's engine is counted in its ONNX"
+    plan = store.path(model.blob if model else engine.plan.blob)
+    weights = store.path(engine.weights) if engine.weights and not model else None
+
+    def one(part: str) -> AbstractContextManager[Session]:
+        return counting(plan / part, together.below(weights, part) if part else weights)
+
+    parts = together.parts_of(plan)
+    return together.opened(parts, one) if parts else one("")
 
 
 def _add(outputs: types.Example, feed: types.Example, ends: dict[str, float]) -> int:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from recipes.gate import Gate
 from tasks import batches, metrics, store, types
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel
+from tasks.engines import open_engine
 from tasks.engines.common import Session
 from tasks.errors import InputError
 from tasks.running import opened
@@ -79,7 +80,7 @@ def evaluate(
     if model is not None and finite[:PARITY_ROWS].all():
         values["parity"] = _parity(model, dataset, rows, encoded)
     # Scores judge; vectors beside them would be most of what a run keeps.
-    told = how.takes != "vector" or per_row is None
+    told = how.takes not in ("vector", "pair") or per_row is None
     with store.staging() as folder:
         logged = {
             "predictions": _known(predictions.tolist(), finite) if told else None,
@@ -119,7 +120,7 @@ def run(session: Session, task: str, encoded: list[types.Example]) -> list[np.nd
     rows: list[Any] = [None] * len(encoded)
     for start in tqdm(range(0, len(order), size), desc="evaluate", unit="batch"):
         chosen = order[start : start + size]
-        (output,) = session.run(kind.collate([encoded[k] for k in chosen])).values()
+        output = types.joined(kind, session.run(kind.collate([encoded[k] for k in chosen])))
         for k, found in zip(chosen, output, strict=True):
             rows[k] = kind.row(found, encoded[k]).astype(np.float64)
     return rows
@@ -128,13 +129,16 @@ def run(session: Session, task: str, encoded: list[types.Example]) -> list[np.nd
 def _parity(
     model: OnnxModel, dataset: Dataset, rows: list[np.ndarray], encoded: list[types.Example]
 ) -> float:
-    """The least cosine over some rows between the engine and the unoptimized ONNX it was built from."""
-    from tasks.engines import onnxruntime
-
-    count = min(PARITY_ROWS, len(encoded))
-    with onnxruntime.open(store.path(model.blob), None, level="disabled") as reference:
+    """The least cosine over some rows, and over the graphs of several, between the engine and the unoptimized
+    ONNX that it was built from."""
+    count, parts = min(PARITY_ROWS, len(encoded)), len(types.parts(types.load(dataset.type)))
+    with open_engine("onnxruntime", store.path(model.blob), None, level="disabled") as reference:
         expected = run(reference, dataset.type, encoded[:count])
-    return min(_cosine(*pair) for pair in zip(rows[:count], expected, strict=True))
+    return min(
+        _cosine(*halves)
+        for pair in zip(rows[:count], expected, strict=True)
+        for halves in zip(*(np.split(row, parts) for row in pair), strict=True)
+    )
 
 
 def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:

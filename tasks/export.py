@@ -15,9 +15,9 @@ import numpy as np
 from recipes.build import Export, Precision
 from tasks import batches, checkpoints, export_scales, store, types, upstream
 from tasks.artifacts import Checkpoint, Dataset, Facts, OnnxModel
-from tasks.blockwise import lift, place
+from tasks.blockwise import Block, lift, place
 from tasks.errors import InputError
-from tasks.fold import fold, layer_of, name_weights
+from tasks.fold import TURNED, fold, layer_of, name_weights
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ EXTERNAL_DATA_PAST = 1 << 30  # bytes; protobuf ends at 2 GiB
 
 @stage(uses=("torch", "nvidia-modelopt", "onnx", "transformers"), name="export", timeout_seconds=3600)
 def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision: Precision) -> OnnxModel:
-    """One graph: inputs and the one output of the task type, with a free batch.
+    """A graph with inputs and output of the task type, with a free batch; of several, each in a subfolder.
 
     `precision` is of everything that is not quantized; inputs and outputs stay FP32.
     Raises InputError when the graph loses a 2:4 weight or a quantizer of the checkpoint.
@@ -40,21 +40,43 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
     export_scales.fill_empty(model)
     sample = batches.samples(dataset, batches.preprocessor(checkpoint), count=1, size=2)[0]
     blocks = lift(model)
-    graph = _trace(model, sample, types.load(dataset.type), section.opset)
-    fold(graph)
-    name_weights(graph, model)
-    place(graph, blocks)
-    if precision != "fp32":
-        graph = _half(graph, precision)
-    facts = {"opset": section.opset, "precision": precision, **_counts(graph)}
-    _hold(facts, checkpoint.facts)
+    counts: list[Facts] = []
     with store.staging() as folder:
-        _write(graph, folder / "model.onnx")
-        onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+        for name, part in types.parts(types.load(dataset.type)).items():
+            graph = _graph(model, sample, part, blocks, section.opset, precision, alone=not name)
+            counts.append(_counts(graph))
+            (folder / name).mkdir(exist_ok=True)
+            _write(graph, folder / name / "model.onnx")
+            onnx.checker.check_model(str(folder / name / "model.onnx"), full_check=True)
+        facts = {"opset": section.opset, "precision": precision, **_summed(counts)}
+        _hold(facts, checkpoint.facts)
         return OnnxModel(store.commit(folder), checkpoint.facts.get("format", precision), facts)
 
 
-def _trace(model: nn.Module, sample: types.Example, kind: types.TaskType, opset: int) -> onnx.ModelProto:
+def _graph(
+    model: nn.Module,
+    sample: types.Example,
+    part: types.Graph,
+    blocks: dict[str, Block],
+    opset: int,
+    precision: Precision,
+    *,
+    alone: bool,
+) -> onnx.ModelProto:
+    """One graph, its weights in their storage and under their names."""
+    graph = _trace(model, {name: sample[name] for name in part.INPUTS}, part, opset)
+    fold(graph)
+    name_weights(graph, model)
+    place(graph, {layer: block for layer, block in blocks.items() if alone or _uses(graph, layer)})
+    return graph if precision == "fp32" else _half(graph, precision)
+
+
+def _uses(graph: onnx.ModelProto, layer: str) -> bool:
+    names = {f"model.{layer}.weight", f"model.{layer}.weight{TURNED}"}
+    return any(names & set(node.input) for node in graph.graph.node)
+
+
+def _trace(model: nn.Module, sample: types.Example, kind: types.Graph, opset: int) -> onnx.ModelProto:
     """ModelOpt's exporter; the one route that works on every quantized network tried."""
     import onnx
     from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
@@ -69,16 +91,17 @@ def _trace(model: nn.Module, sample: types.Example, kind: types.TaskType, opset:
     graph = onnx.load_from_string(OnnxBytes.from_bytes(content).get_onnx_model_file_bytes())
     upstream.q_dq_in_tensorrts_domain(graph)
     upstream.q_dq_after_softmax(graph)
+    upstream.padding_left_to_compute(graph)
     upstream.float_types_of_fp8_values(graph)
     _name_output(graph, kind.OUTPUTS)
     return graph
 
 
-def _positional(model: nn.Module, kind: types.TaskType) -> nn.Module:
+def _positional(model: nn.Module, kind: types.Graph) -> nn.Module:
     import torch
 
     class Positional(torch.nn.Module):
-        """Positional inputs in, the task type's output out."""
+        """Positional inputs in, the graph's output out."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -133,6 +156,17 @@ def _counts(model: onnx.ModelProto) -> Facts:
         "sparse_weights": len(sparse),
         "sparse_names": sorted(sparse),
     }
+
+
+def _summed(counts: list[Facts]) -> Facts:
+    """The counts of all graphs together."""
+    total: Facts = dict(counts[0])
+    for more in counts[1:]:
+        tensors: Counter[str] = Counter(total["tensors"]) + Counter(more["tensors"])
+        names = sorted([*total["sparse_names"], *more["sparse_names"]])
+        total = {key: value + more[key] for key, value in total.items() if isinstance(value, int)}
+        total |= {"tensors": dict(sorted(tensors.items())), "sparse_names": names}
+    return total
 
 
 def _gemm_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tasks.errors import InputError
 
-Takes = Literal["label", "probability", "value", "vector", "loss"]
+Takes = Literal["label", "probability", "value", "vector", "pair", "loss"]
 PairFunction = Callable[[Any, Any], Any]
 
 
@@ -24,7 +24,8 @@ class Metric:
     """A metric of (predictions, references).
 
     `takes` says what a prediction is: a class label, class probabilities, a number, a vector (the reference
-    is one, too), or the summed loss of a text (the reference is its number of tokens). With `scores` the
+    is one, too), the vectors of an image and its text (the reference is the text's number, the same for the
+    same text), or the summed loss of a text (the reference is its number of tokens). With `scores` the
     metric is the mean of these per-example values. `points`: a share, spoken of in points of 100.
     """
 
@@ -43,6 +44,9 @@ def metric(name: str) -> Metric:
     if found := re.fullmatch(r"(recall|neighbours)@([1-9]\d*)", name):
         function = _retrieved if found[1] == "recall" else _neighbours
         return _mean(name, partial(function, k=int(found[2])), takes="vector")
+    if found := re.fullmatch(r"(image-to-text|text-to-image)@([1-9]\d*)", name):
+        function = _texts_found if found[1] == "image-to-text" else _images_found
+        return _mean(name, partial(function, k=int(found[2])), takes="pair")
     return OWN[name] if name in OWN else _sklearn(name)
 
 
@@ -78,6 +82,27 @@ def _retrieved(predictions: Any, references: Any, k: int) -> Any:
     """Whether query i finds document i among the k nearest; a tie counts against it."""
     similar = _unit(predictions) @ _unit(references).T
     return (similar >= np.diag(similar)[:, None]).sum(axis=1) <= k
+
+
+def _texts_found(predictions: Any, references: Any, k: int) -> Any:
+    """Whether image i finds its text among the k nearest of all different texts."""
+    images, texts = np.split(_numbers(predictions), 2, axis=1)
+    different, first = np.unique(references, return_index=True)
+    return _crossed((images, references), (texts[first], different), k)
+
+
+def _images_found(predictions: Any, references: Any, k: int) -> Any:
+    """Whether text i finds an image of its own among the k nearest of all images."""
+    images, texts = np.split(_numbers(predictions), 2, axis=1)
+    return _crossed((texts, references), (images, references), k)
+
+
+def _crossed(queries: tuple[Any, Any], documents: tuple[Any, Any], k: int) -> Any:
+    """Whether a document with the query's number is among the k nearest; a tie counts against it."""
+    similar = _unit(queries[0]) @ _unit(documents[0]).T
+    own = np.asarray(queries[1])[:, None] == np.asarray(documents[1])[None]
+    best = np.where(own, similar, -np.inf).max(axis=1, keepdims=True)
+    return ((similar >= best) & ~own).sum(axis=1) < k
 
 
 def _neighbours(predictions: Any, references: Any, k: int) -> Any:
@@ -191,7 +216,15 @@ REGRESSION = ("r2", "explained_variance", "d2_absolute_error_score")
 def _unknown(name: str) -> str:
     from sklearn import metrics
 
-    known = [*OWN, "recall@1", "recall@5", "recall@10", "neighbours@10", *metrics.get_scorer_names()]
+    known = [
+        *OWN,
+        "recall@1",
+        "recall@5",
+        "recall@10",
+        "neighbours@10",
+        "image-to-text@1",
+        *metrics.get_scorer_names(),
+    ]
     known += [other for other in dir(metrics) if other.endswith(("_score", "_error", "_loss", "_corrcoef"))]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f" Nearest: {', '.join(near)}." if near else ""

@@ -45,9 +45,11 @@ class Predictor:
         return found
 
     def run(self, examples: Sequence[types.Example]) -> np.ndarray:
-        """The engine's output for one batch of examples."""
-        (output,) = self.session.run(self.kind.collate(examples)).values()
-        return np.asarray(output)
+        """The engine's output for these examples, in batches that it takes."""
+        largest = int(self.about["max_batch"])
+        parts = [examples[start : start + largest] for start in range(0, len(examples), largest)]
+        found = [types.joined(self.kind, self.session.run(self.kind.collate(part))) for part in parts]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def output(self, values: Sequence[Any]) -> np.ndarray:
         """The engine's output for at most one batch of values that were checked."""

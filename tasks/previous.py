@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from tasks import load, store
+from tasks import columns, load, store
 from tasks.artifacts import Blob, Dataset
 from tasks.errors import InputError
 from tasks.stage import stage
@@ -28,9 +28,10 @@ def previous_rows(held: Dataset, dataset: Dataset) -> Dataset:
 
     column = load.column(dataset.type)
     seen = load.rows(dataset, "train")[column] if "train" in dataset.rows else []
-    trained = {_key(value) for value in seen}
+    trained = {columns.identity(value) for value in seen}
     table = pq.read_table(store.path(held.blob) / "test.parquet")
-    kept = [k for k, value in enumerate(table[column].to_pylist()) if _key(value) not in trained]
+    rows = load.rows(held, "test")[column]
+    kept = [k for k, value in enumerate(rows) if columns.identity(value) not in trained]
     if not kept:
         raise InputError(
             "gate.max_forgetting: every row that the champion was held to is now in the training rows; "
@@ -40,7 +41,3 @@ def previous_rows(held: Dataset, dataset: Dataset) -> Dataset:
         pq.write_table(table.take(pyarrow.array(kept)), folder / "test.parquet")
         facts = {"left_out_because_trained_on": len(table) - len(kept)}
         return Dataset(store.commit(folder), held.type, held.labels, {"test": len(kept)}, facts)
-
-
-def _key(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import onnx
-
-from tasks import batches, store
-from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
-from tasks.engines import module
-from tasks.engines.common import RefitError, graph_digest, model_file
+from tasks import batches, store, types
+from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
+from tasks.engines import module, together
+from tasks.engines.common import Built, RefitError
 from tasks.stage import stage
 
 
@@ -48,8 +48,11 @@ def refit(model: OnnxModel, checkpoint: Checkpoint, dataset: Dataset, champion: 
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
         samples = batches.samples(dataset, folder / "preprocessor")
         try:
-            made = module(plan.runtime).refit(
-                store.path(plan.blob), store.path(model.blob), folder, samples=samples
+            made = together.merged(
+                {
+                    name: _part(plan, model, name, part, folder, samples)
+                    for name, part in types.parts(types.load(dataset.type)).items()
+                }
             )
         except RefitError as doubt:
             return Refit(None, str(doubt), time.perf_counter() - began)
@@ -65,6 +68,24 @@ def refit(model: OnnxModel, checkpoint: Checkpoint, dataset: Dataset, champion: 
     return Refit(engine, why, time.perf_counter() - began)
 
 
+def _part(
+    plan: Plan,
+    model: OnnxModel,
+    name: str,
+    part: types.Graph,
+    folder: Path,
+    samples: Sequence[types.Example],
+) -> Built:
+    """One graph's new weights, in the engine's folder."""
+    own = [{key: sample[key] for key in part.INPUTS} for sample in samples]
+    (folder / name).mkdir(exist_ok=True)
+    made: Built = module(plan.runtime).refit(
+        store.path(plan.blob) / name, store.path(model.blob) / name, folder / name, samples=own
+    )
+    together.settled(folder, name)
+    return made
+
+
 def _stranger(model: OnnxModel, champion: Engine) -> str:
     """Why the plan cannot be this model's, before anything is tried; empty when it may be."""
     plan, runtime = champion.plan, module(champion.plan.runtime)
@@ -72,7 +93,7 @@ def _stranger(model: OnnxModel, champion: Engine) -> str:
     for what, theirs, ours in (("version", plan.version, version), ("device", plan.device, runtime.device())):
         if theirs != ours:
             return f"the champion's plan is for {plan.runtime} {what} {theirs}, here is {ours}"
-    graph = graph_digest(onnx.load(model_file(store.path(model.blob)), load_external_data=False))
+    graph = together.graph_of(store.path(model.blob))
     if graph != plan.graph:
         return f"the graph is another one ({graph[:12]}) than the champion's ({plan.graph[:12]})"
     return ""

@@ -138,16 +138,24 @@ def log_model(attempt: Attempt, scratch: Path, address: str | None) -> str:
 
 
 def signature(settings: dict[str, Any]) -> Any:
-    """What goes in (texts, or images of one shape) and what comes out, by the task type."""
+    """What goes in (texts, images of one shape, or a table of both) and what comes out, by the task type."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from mlflow.types.schema import Array
 
-    kind = types.load(settings["type"])
+    task = types.load(settings["type"])
     known = {"doubles": Array(DataType.double)}
-    outputs = Schema([ColSpec(known.get(of) or DataType[of], name) for name, of in kind.ANSWER.items()])
-    value = kind.example(settings)
+    pairs = task.COLUMN == "pair"
+    outputs = Schema(
+        [ColSpec(known.get(of) or DataType[of], name, not pairs) for name, of in task.ANSWER.items()]
+    )
+    value = task.example(settings)
+    if pairs:  # a row has an image, a text, or both
+        pixels = Array(Array(Array(DataType.double)))
+        kinds: dict[str, Any] = {"image": pixels, "text": DataType.string}
+        columns: list[Any] = [ColSpec(kind, name, required=False) for name, kind in kinds.items()]
+        return ModelSignature(Schema(columns), outputs)
     if isinstance(value, str):
         return ModelSignature(Schema([ColSpec(DataType.string)]), outputs)
     return ModelSignature(Schema([TensorSpec(value.dtype, (-1, *np.shape(value)))]), outputs)
@@ -158,6 +166,8 @@ def example(settings: dict[str, Any]) -> Any:
     import numpy as np
 
     value = types.load(settings["type"]).example(settings)
+    if isinstance(value, dict):
+        return [{"image": value["image"].tolist(), "text": value["text"]}]
     return [value] if isinstance(value, str) else np.stack([value])
 
 

@@ -40,7 +40,7 @@ class EngineModel(PythonModel):
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> list[dict[str, Any]]:
         """One dictionary per input (`{"label", "score"}`); a bad input is named by its place."""
         try:
-            return self.predictor.predict(_values(model_input))
+            return self.predictor.predict(_values(model_input, self.predictor.kind.COLUMN == "pair"))
         except InputError as error:
             raise BadInput(str(error)) from None
 
@@ -58,9 +58,12 @@ def _plan(folder: Path, address: str | None) -> Path:
         ) from error
 
 
-def _values(model_input: Any) -> Sequence[Any]:
-    """The values in a list, an array, or a table's only column."""
-    if hasattr(model_input, "columns"):
+def _values(model_input: Any, pairs: bool) -> Sequence[Any]:
+    """The values in a list, an array, or a table: of its only column, or of pairs a mapping per row."""
+    if pairs and hasattr(model_input, "to_dict"):
+        rows = model_input.to_dict("records")
+        model_input = [{name: None if _missing(cell) else cell for name, cell in row.items()} for row in rows]
+    elif hasattr(model_input, "columns"):
         if len(model_input.columns) != 1:
             raise BadInput(f"expected one column, got {', '.join(map(str, model_input.columns))}")
         model_input = model_input.iloc[:, 0].tolist()
@@ -70,6 +73,11 @@ def _values(model_input: Any) -> Sequence[Any]:
     if not values:
         raise BadInput("there is nothing to predict: the input is empty")
     return values
+
+
+def _missing(cell: Any) -> bool:
+    """What a table holds where a row has no value."""
+    return cell is None or (isinstance(cell, float) and cell != cell)
 
 
 set_model(EngineModel())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def sparsify(checkpoint: Checkpoint, dataset: Dataset, section: Sparsify) -> Checkpoint:
     """Mask every linear layer and convolution that 2:4 fits, but for those excluded; counted exactly."""
     model, config = checkpoints.restore(checkpoint)
+    model, config = checkpoints.without_norms(model, config, batches.forward(dataset, checkpoint))
     model.to(checkpoints.device())
     looked_at = _prunable(model)
     checkpoints.excluded(looked_at, section.exclude, "sparsify.exclude")

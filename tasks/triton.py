@@ -2,6 +2,8 @@
 
     tritonserver --model-repository ENGINEHOUSE_HOME/serving/triton
 
+A version of several graphs becomes a model each, NAME~PART.
+
 Triton's ONNX Runtime backend sets an optimization level and no other session option, so the level is chosen
 here by opening the very files with the options that Triton will use, and comparing outputs.
 """
@@ -19,7 +21,7 @@ import numpy as np
 
 from recipes.schema import Triton
 from tasks.artifacts import Facts
-from tasks.engines import module
+from tasks.engines import module, together
 from tasks.engines.common import Session
 from tasks.errors import InputError
 from tasks.predictor import Predictor
@@ -33,7 +35,20 @@ TYPES = {
 }  # fmt: skip
 
 
-def write(served: Path, version: str, repository: Path, section: Triton, threads: int | None) -> str:
+def repositories(served: Path, place: Path) -> dict[str, Path]:
+    """Where a served version's models go, by part; `place` is that of a version of one graph."""
+    parts = together.parts_of(served / "plan")
+    return {part: place.with_name(f"{place.name}~{part}") for part in parts} if parts else {"": place}
+
+
+def known(place: Path) -> list[Path]:
+    """Every repository of a model that there is, of whatever version."""
+    return [found for found in (place, *place.parent.glob(f"{place.name}~*")) if found.is_dir()]
+
+
+def write(
+    served: Path, version: str, repository: Path, section: Triton, threads: int | None, part: str = ""
+) -> str:
     """Put the version's files into `repository` (a model's folder) and return the text of its config.pbtxt.
 
     The config is not written: replacing it is the switch. "" where Triton has no backend for the runtime;
@@ -43,13 +58,16 @@ def write(served: Path, version: str, repository: Path, section: Triton, threads
     runtime = str(predictor.about["plan"]["runtime"])
     if runtime not in BACKENDS:
         return ""
-    feeds = batches(predictor)
-    outputs = [predictor.session.run(feed) for feed in feeds]
+    session = predictor.session.sessions[part] if part else predictor.session  # type: ignore[attr-defined]
+    feeds = [{name: feed[name] for name in session.inputs} for feed in batches(predictor)]
+    outputs = [session.run(feed) for feed in feeds]
     place = repository / version
-    _files(served, runtime, place)
+    _files(served, runtime, place, part)
     _warmup(feeds[0], version, repository)
-    level = _level(place, feeds, outputs) if runtime == "onnxruntime" else None
-    fields = _fields(predictor, version, runtime, feeds, outputs, section)
+    facts = predictor.about["facts"]
+    limits = facts.get("parts", {}).get(part, facts).get("limits")
+    level = _level(place, feeds, outputs, limits) if runtime == "onnxruntime" else None
+    fields = _fields(session, int(predictor.about["max_batch"]), version, runtime, feeds, outputs, section)
     if level is not None:
         fields["optimization"] = {"graph": {"level": LEVELS[level]}}
         if threads is not None:
@@ -65,19 +83,17 @@ def batches(predictor: Predictor) -> list[dict[str, np.ndarray]]:
     return [predictor.kind.collate(encoded[:1]), predictor.kind.collate(encoded)]
 
 
-def _files(served: Path, runtime: str, place: Path) -> None:
+def _files(served: Path, runtime: str, place: Path, part: str) -> None:
     """The version's folder, whole at once: other names for the served files, or one refitted plan."""
     shutil.rmtree(place, ignore_errors=True)
     fresh = place.with_name(f".{place.name}-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    weights = served / "weights"
+    plan, weights = served / "plan" / part, served / "weights" / part
     if runtime == "tensorrt":
-        module(runtime).whole_plan(
-            served / "plan", weights if weights.is_dir() else None, fresh / FILES[runtime]
-        )
+        module(runtime).whole_plan(plan, weights if weights.is_dir() else None, fresh / FILES[runtime])
     else:
-        for source in (served / "plan", weights):
+        for source in (plan, weights):
             for file in sorted(source.glob("*")):
                 if file.suffix != ".json":
                     _link(file, fresh / file.name)
@@ -100,11 +116,18 @@ def _warmup(feed: dict[str, np.ndarray], version: str, repository: Path) -> None
 
 
 def _level(
-    place: Path, feeds: Sequence[dict[str, np.ndarray]], expected: Sequence[dict[str, np.ndarray]]
+    place: Path,
+    feeds: Sequence[dict[str, np.ndarray]],
+    expected: Sequence[dict[str, np.ndarray]],
+    limits: dict[str, float] | None = None,
 ) -> str:
-    """The fastest level that gives the engine's own outputs when opened as Triton opens it."""
+    """The fastest level that gives the engine's own outputs when opened as Triton opens it.
+
+    Where none does, one within the `limits` by which the engine's build told rounding from another graph.
+    """
     runtime = module("onnxruntime")
     seen: Facts = {}
+    near: list[str] = []
     for level in LEVELS:
         try:
             with runtime.open_file(place / FILES["onnxruntime"], level) as session:
@@ -114,7 +137,11 @@ def _level(
             continue
         if all(same(ours, theirs) for ours, theirs in zip(expected, found, strict=True)):
             return level
-        seen[level] = "other outputs"
+        errors = runtime.parity(expected, found)
+        near += [level] if limits and runtime.agrees(errors, limits) else []
+        seen[level] = f"other outputs, off by {errors['max_error_share']:.3g} of the largest"
+    if near:
+        return near[0]
     raise InputError(f"{place}: opened as Triton does it, the engine gives other outputs: {seen}")
 
 
@@ -131,14 +158,14 @@ def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 
 def _fields(
-    predictor: Predictor,
+    session: Session,
+    largest: int,
     version: str,
     runtime: str,
     feeds: Sequence[dict[str, np.ndarray]],
     outputs: Sequence[dict[str, np.ndarray]],
     section: Triton,
 ) -> Facts:
-    session: Session = predictor.session
     batched = all(shape[:1] == (None,) for _, shape in session.inputs.values())
     skip = 1 if batched else 0
     inputs = [
@@ -147,7 +174,7 @@ def _fields(
     ]
     found: Facts = {
         "backend": BACKENDS[runtime],
-        "max_batch_size": int(predictor.about["max_batch"]) if batched else 0,
+        "max_batch_size": largest if batched else 0,
         "input": inputs,
         "output": [
             {"name": name, "data_type": _type(str(array.dtype)), "dims": _dims(name, outputs, skip)}

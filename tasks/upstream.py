@@ -46,6 +46,52 @@ def q_dq_after_softmax(model: onnx.ModelProto) -> None:
                 graph.node.remove(node)
 
 
+def padding_left_to_compute(model: onnx.ModelProto) -> None:
+    """How much to pad is computed in every run, by a dozen nodes on constants."""
+    from onnx import helper, numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    graph = model.graph
+    for pad in [node for node in graph.node if node.op_type == "Pad"]:
+        chain = _chain(graph, pad.input[1])
+        if not chain:
+            continue
+        wanted = helper.make_tensor_value_info(pad.input[1], 0, None)
+        part = helper.make_graph(chain, "pads", [], [wanted], list(graph.initializer))
+        evaluator = ReferenceEvaluator(helper.make_model(part, opset_imports=model.opset_import))
+        found: Any = evaluator.run(None, {})
+        pad.input[1] = f"{pad.output[0]}_pads"
+        graph.initializer.append(numpy_helper.from_array(found[0], pad.input[1]))
+    _drop_unused(graph)
+
+
+def _chain(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
+    """The nodes that compute a value, in order; none where it is stored, or follows from an input."""
+    makers = {output: node for node in graph.node for output in node.output}
+    inputs = {item.name for item in graph.input}
+    needed: set[int] = set()
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in inputs:
+            return []
+        if current in makers and id(makers[current]) not in needed:
+            needed.add(id(makers[current]))
+            waiting += makers[current].input
+    return [node for node in graph.node if id(node) in needed]
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    used = {item.name for item in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if used & set(node.output):
+            used |= set(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
 def float_types_of_fp8_values(model: onnx.ModelProto) -> None:
     """The types it notes say that FP8's Q nodes give floats; every type can be inferred again."""
     del model.graph.value_info[:]

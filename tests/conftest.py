@@ -172,3 +172,69 @@ def lm_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "tiny-lm.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "tiny-lm.yaml"
+
+
+def clip_folder(folder: Path) -> Path:
+    """A CLIP of two layers a tower, 32 wide, with random weights, and a word tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "bright", "left", "right"]
+    vocabulary = {word: k for k, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder
+    )
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    # With 2 as its last token CLIP takes the text's vector where the token's number is highest.
+    ends = {"bos_token_id": 3, "eos_token_id": 2, "pad_token_id": 0}
+    config = CLIPConfig(
+        text_config={**size, **ends, "vocab_size": len(words), "max_position_embeddings": 16},
+        vision_config={**size, "image_size": 8, "patch_size": 4, "num_channels": 1},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def sides(file: Path, count: int = 300) -> Path:
+    """Grey pictures of 8 x 8 as arrays, bright on the side that the label names, and captions."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    with file.open("w") as out:
+        for k in range(count):
+            pixels = rng.integers(0, 100, (8, 8))
+            label = "left" if k % 2 else "right"
+            pixels[:, slice(0, 4) if k % 2 else slice(4, 8)] += 120
+            row = {"image": pixels.tolist(), "label": label, "caption": f"a photo bright {label}"}
+            out.write(json.dumps(row) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def clip_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for a tiny CLIP, two graphs of one version, in INT8; a few seconds a run."""
+    folder = tmp_path_factory.mktemp("clip")
+    recipe = {
+        "task": "image-text",
+        "model": {"name": "tiny-clip", "source": f"path:{clip_folder(folder / 'model')}"},
+        "data": {
+            "source": f"path:{sides(folder / 'rows.jsonl')}",
+            "image": {"shape": [1, 8, 8], "column": "image", "scale": 1 / 255, "mean": [0.5], "std": [0.25]},
+            "label": "label",
+            "labels": ["left", "right"],
+            "prompt": "a photo of a {label}",
+            "split": {"train": 160, "test": 120, "calibration": 32},
+            "max_length": 12,
+        },
+        "finetune": {"epochs": 4, "batch_size": 16, "learning_rate": 1e-3},
+        "quantize": {"format": "int8"},
+        "benchmark": {"batch_sizes": [1], "rounds": 6},
+        "gate": {"metric": "image-to-text@1", "max_drop": 0.1, "min_parity": 0.98},
+    }
+    (folder / "tiny-clip.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "tiny-clip.yaml"

@@ -19,6 +19,16 @@ def module(runtime: str) -> ModuleType:
 
 
 def open_engine(runtime: str, plan: Path, weights: Path | None, **options: Any) -> Session:
-    """A session on the plan and its weights; a context manager, or open as long as the process."""
-    session: Session = module(runtime).open(plan, weights, **options)
-    return session
+    """A session on the plan and its weights; a context manager, or open as long as the process.
+
+    Where the plan has parts, a session on all of them.
+    """
+    from tasks.engines.together import below, opened, parts_of
+
+    def one(part: str) -> Session:
+        own = below(weights, part) if part else weights
+        session: Session = module(runtime).open(plan / part, own, **options)
+        return session
+
+    parts = parts_of(plan)
+    return opened(parts, one) if parts else one("")

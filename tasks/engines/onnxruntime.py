@@ -36,7 +36,18 @@ from tasks.engines.onnxruntime_session import (
 )
 from tasks.errors import InputError
 
-__all__ = ["OrtSession", "build", "device", "open", "open_file", "parity", "proof", "refit", "version"]
+__all__ = [
+    "OrtSession",
+    "agrees",
+    "build",
+    "device",
+    "open",
+    "open_file",
+    "parity",
+    "proof",
+    "refit",
+    "version",
+]
 
 RUNTIME = "onnxruntime"
 

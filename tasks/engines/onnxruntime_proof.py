@@ -44,13 +44,17 @@ def proof(plan: Path, weights: Path | None, sample: Arrays, *, threads: int | No
     products = [_product(event, graph) for event in nodes if event["args"]["op_name"] in INTEGER | FLOAT]
     reasons = _reasons(graph)
     floats = [p for p in products if not p["integer"]]
+    unplaced = [p["node"] for p in products if not p["operations"]]
+    by_count = _share([1] * len(products), [1] * len(floats))
+    by_work = _share([p["operations"] for p in products], [p["operations"] for p in floats])
     return {
         "products": len(products),
-        "quantized_share": _share([p["operations"] for p in products], [p["operations"] for p in floats]),
-        "quantized_share_by_count": _share([1] * len(products), [1] * len(floats)),
+        # One without known work would count for nothing, however much it does.
+        "quantized_share": min(by_work, by_count) if unplaced else by_work,
+        "quantized_share_by_count": by_count,
         "operators": dict(sorted(Counter(p["operator"] for p in products).items())),
         "fallbacks": [{**p, "why": reasons.get(p["node"], "not quantized in the graph")} for p in floats],
-        "unplaced": [p["node"] for p in products if not p["operations"]],
+        "unplaced": unplaced,
         "sparse_share": 0.0,  # ONNX Runtime has no kernel that skips 2:4 zeros
         "milliseconds": _milliseconds(nodes),
     }
@@ -95,7 +99,7 @@ def _convolution(name: str, arguments: dict[str, Any], plan: onnx.ModelProto) ->
     output = next(iter(arguments["output_type_shape"][0].values()))
     last = re.search(r"_token_\d+$", name)
     producers = {name: node for node in plan.graph.node for name in node.output}
-    known = {node.name: node for node in plan.graph.node}
+    known = {**producers, **{node.name: node for node in plan.graph.node}}  # the runtime uses either name
     node = known.get(re.sub(r"_token_\d+$|_nchwc$", "", name))
     while node is not None and "Conv" not in node.op_type:
         node = producers.get(node.input[0])

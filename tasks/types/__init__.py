@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 Example = dict[str, np.ndarray]
 Run = Callable[[Sequence[Example]], np.ndarray]
 """Examples to the engine's output for them, batch first."""
+
+
+class Graph(NamedTuple):
+    """What a type of several graphs says of one: `INPUTS`, `OUTPUTS` and `forward` as in `TaskType`."""
+
+    INPUTS: dict[str, dict[int, str]]
+    OUTPUTS: dict[str, dict[int, str]]
+    forward: Callable[[Any, dict[str, Tensor]], Tensor]
 
 
 class TaskType(Protocol):
@@ -82,6 +90,23 @@ class TaskType(Protocol):
 def load(name: str) -> TaskType:
     """The file for a recipe's `task`: `text-classification` is `text_classification.py`."""
     return cast(TaskType, importlib.import_module(f"tasks.types.{name.replace('-', '_')}"))
+
+
+def parts(kind: TaskType) -> dict[str, Graph]:
+    """The graphs that a version of this type is made of, by name; one without a name for most.
+
+    A type of several has them as `PARTS`; its own output is theirs side by side, in this order.
+    """
+    whole = {"": Graph(kind.INPUTS, kind.OUTPUTS, kind.forward)}
+    found: dict[str, Graph] = getattr(kind, "PARTS", whole)
+    return found
+
+
+def joined(kind: TaskType, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A run's one output; of several graphs, those that ran, side by side."""
+    names = [name for part in parts(kind).values() for name in part.OUTPUTS if name in outputs]
+    arrays = [np.asarray(outputs[name]) for name in names]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
 
 def settings(preprocessor: Path) -> dict[str, Any]:

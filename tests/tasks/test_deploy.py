@@ -239,8 +239,13 @@ def test_a_level_that_changes_the_answers_is_not_taken(engines: list[Engine], fo
     place = folder / "triton" / MODEL / "1"
     assert triton._level(place, feeds, outputs) in triton.LEVELS
     wrong = [{name: array + 1 for name, array in run.items()} for run in outputs]
+    limits = predictor.about["facts"]["limits"]
     with pytest.raises(InputError, match="gives other outputs"):
-        triton._level(place, feeds, wrong)
+        triton._level(place, feeds, wrong, limits)
+    rounded = [{name: array + 0.01 * np.abs(array).max() for name, array in run.items()} for run in outputs]
+    with pytest.raises(InputError, match="gives other outputs: .*off by 0.0"):
+        triton._level(place, feeds, rounded)
+    assert triton._level(place, feeds, rounded, limits) in triton.LEVELS
 
 
 def test_a_tensorrt_engine_gets_its_backend_and_the_gpu(engines: list[Engine], folder: Path) -> None:
@@ -249,7 +254,7 @@ def test_a_tensorrt_engine_gets_its_backend_and_the_gpu(engines: list[Engine], f
     predictor = Predictor(folder / MODEL / "current")
     feeds = triton.batches(predictor)
     outputs = [predictor.session.run(feed) for feed in feeds]
-    fields = triton._fields(predictor, "1", "tensorrt", feeds, outputs, Triton())
+    fields = triton._fields(predictor.session, 64, "1", "tensorrt", feeds, outputs, Triton())
     (folder / "triton" / MODEL / "config.pbtxt").write_text(triton.text({"name": MODEL, **fields}))
     config = parsed(folder)
     assert (config.backend, config.instance_group[0].kind) == ("tensorrt", 1)

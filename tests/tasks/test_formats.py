@@ -298,6 +298,24 @@ def test_any_other_forward_is_refused_by_name(image: Any, monkeypatch: pytest.Mo
     assert candidate.facts["quantizers"]["left_out"] == {"net.0": "named by quantize.exclude"}
 
 
+def test_the_exporter_still_leaves_padding_to_compute(image: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = calibrate.fn(
+        from_here(image, "same_padding", monkeypatch), image.dataset, Quantize(format="int8")
+    )
+
+    def computed() -> bool:
+        model = onnx.load(
+            store.path(export.fn(candidate, image.dataset, Export(), "fp32").blob) / "model.onnx"
+        )
+        stored = {tensor.name for tensor in model.graph.initializer}
+        (pads,) = (node.input[1] for node in model.graph.node if node.op_type == "Pad")
+        return pads not in stored
+
+    assert not computed()
+    monkeypatch.setattr(upstream, "padding_left_to_compute", lambda _graph: None)
+    assert computed()
+
+
 @pytest.mark.parametrize(
     ("fix", "section"),
     [

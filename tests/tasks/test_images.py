@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,34 @@ def test_files_are_resized_and_coloured_as_the_recipe_says(pictures: Path) -> No
         ({"format": "imagefolder", "files": ["*.gif"]}, "no image .*below"),
         ({"files": ["broken.csv"]}, "row 1 of column 'image' is not an image: cannot identify image file"),
         ({"files": ["missing.csv"]}, "row 1 of column 'image' is not an image: .*No such file"),
+        ({"files": ["cut.csv"]}, r"row 1 of column 'image' is not an image \(.*/cut\.png\): .*truncated"),
+        (
+            {"files": ["deep.csv"]},
+            r"not an image \(.*/deep\.png\): its pixels \(I;16\) have more than 8 bits",
+        ),
         ({"files": ["rows.csv"], "image": {"shape": (1, 8, 8), "column": "picture"}}, "no column 'picture'"),
         ({"files": ["rows.csv"], "image": {"shape": (2, 8, 8), "column": "image"}}, "1 or 3 channels"),
         ({"files": ["arrays.parquet"], "image": {"shape": (1, 9, 9), "column": "image"}}, r"shape \(8, 8\)"),
     ],
 )
-def test_bad_images_are_named(pictures: Path, changes: dict[str, Any], words: str) -> None:
+def test_bad_images_are_named(pictures: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     (pictures / "broken.csv").write_text("image,label\nrows.csv,left\n")
     (pictures / "missing.csv").write_text("image,label\nnone.png,left\n")
+    for name, content in {"cut": _png(np.uint8)[:-24], "deep": _png(np.uint16)}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+        (pictures / f"{name}.csv").write_text(f"image,label\n{tmp_path / name}.png,left\n")
     if "source" in changes:
         changes = changes | {"source": changes["source"].format(pictures)}
     with pytest.raises(InputError, match=words):
         loaded(section(pictures, **changes))
+
+
+def _png(kind: Any) -> bytes:
+    import PIL.Image
+
+    out = io.BytesIO()
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 64)).astype(kind)).save(out, "PNG")
+    return out.getvalue()
 
 
 def vit_folder(folder: Path) -> Path:

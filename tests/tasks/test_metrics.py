@@ -49,6 +49,21 @@ def test_recall_counts_what_is_among_the_k_nearest_and_ties_against_it() -> None
     assert scores(metric("recall@3"), queries, documents) == (1, 1, 1)
 
 
+def test_images_and_texts_find_each_other_by_the_number_of_the_text() -> None:
+    images = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [0.8, 0.2]])
+    texts = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    pairs, numbers = np.concatenate([images, texts], axis=1), np.array([0, 0, 1, 1])
+    assert scores(metric("image-to-text@1"), pairs, numbers) == (1, 1, 1, 0)  # the last looks like the others
+    assert scores(metric("image-to-text@2"), pairs, numbers) == (1, 1, 1, 1)
+    assert scores(metric("text-to-image@1"), pairs, numbers) == (1, 1, 1, 1)
+    apart = np.concatenate([images, texts[[2, 2, 0, 0]]], axis=1)
+    assert scores(metric("text-to-image@1"), apart, numbers) == (0, 0, 0, 0)
+    assert scores(metric("text-to-image@2"), apart, numbers) == (0, 0, 0, 0)
+    assert scores(metric("text-to-image@3"), apart, numbers) == (1, 1, 1, 1)
+    tied = np.concatenate([images, np.ones((4, 2))], axis=1)
+    assert scores(metric("image-to-text@1"), tied, numbers) == (0, 0, 0, 0)
+
+
 def test_f1_is_the_macro_average() -> None:
     generator = np.random.default_rng(0)
     truth, guess = generator.integers(0, 4, (2, 200))

@@ -32,6 +32,9 @@ def test_every_type_offers_every_name_and_agrees_with_the_schema(task: str) -> N
     assert TASKS[task].column == kind.COLUMN
     assert (kind.REFERENCES == "labels") is TASKS[task].labels
     assert len(kind.OUTPUTS) == 1
+    parts = types.parts(kind).values()
+    assert {name for part in parts for name in part.INPUTS} == set(kind.INPUTS)
+    assert all(len(part.OUTPUTS) == 1 for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,8 @@ def test_every_type_offers_every_name_and_agrees_with_the_schema(task: str) -> N
         ("sentence-embedding", "neighbours@10", "accuracy", "takes a label; sentence-embedding gives vector"),
         ("sentence-embedding", "recall@1", "perplexity", "takes a loss; sentence-embedding gives vector"),
         ("causal-lm", "perplexity", "accuracy", "takes a label; causal-lm gives loss"),
+        ("image-text", "image-to-text@1", "recall@1", "takes a vector; image-text gives pair"),
+        ("image-text", "text-to-image@5", "accuracy", "takes a label; image-text gives pair"),
     ],
 )
 def test_a_metric_must_fit_the_type(task: str, good: str, bad: str, words: str) -> None:
@@ -120,3 +125,45 @@ def test_a_recipe_without_labels_is_checked(override: str, words: str) -> None:
 def test_an_image_section_is_checked(override: str, words: str) -> None:
     with pytest.raises(recipes.RecipeError, match=words):
         recipes.load("digits-vit-int8-qat-24", [override])
+
+
+PAIR = (
+    "task=image-text",
+    "model={name: a, source: 'path:.', tokenizer: 'path:.'}",
+    "gate.metric=image-to-text@1",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            (),
+            "needs a text for each image: data.text names its column, or data.prompt makes it of data.label",
+        ),
+        (("data.prompt=a {label}", "data.text=caption"), "set one of the two"),
+        (("data.prompt=a thing",), "prompt is a text around {label}"),
+        (("data.prompt=a {label}", "data.image=null"), "needs data.image"),
+        (("data.prompt=a {label}", "model={name: a, source: 'python:a.b:c'}"), "model.tokenizer"),
+    ],
+)
+def test_a_recipe_of_pairs_is_checked(overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(recipes.RecipeError, match=words):
+        recipes.load("digits-vit-int8-qat-24", [*PAIR, *overrides])
+    assert recipes.load("digits-vit-int8-qat-24", [*PAIR, "data.prompt=a {label}"]).data.prompt
+
+
+def test_equal_texts_of_a_batch_share_the_loss() -> None:
+    import torch
+
+    kind = types.load("image-text")
+    ids = np.array([[4, 5], [4, 6], [4, 5]])
+    numbers = kind.targets({"input_ids": ids}, np.zeros(3))
+    assert numbers[0] == numbers[2] != numbers[1]
+
+    class Found:
+        logits_per_image = logits_per_text = torch.tensor([[9.0, 0, 9], [0, 9, 0], [9, 0, 9]])
+
+    right = kind.loss(Found(), torch.as_tensor(numbers))
+    assert float(right) == pytest.approx(np.log(2) * 2 / 3, abs=1e-3)  # two rows cannot be told apart
+    assert float(kind.loss(Found(), torch.tensor([0, 0, 1]))) > right + 1

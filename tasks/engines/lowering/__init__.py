@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx
 
 from tasks.engines.lowering.attention import fuse_attention
+from tasks.engines.lowering.borders import clips_as_relus, take_in_padding
 from tasks.engines.lowering.conv import lower_convs
 from tasks.engines.lowering.embedding import lower_embeddings, quantize_embeddings
 from tasks.engines.lowering.gemm import lower_gemms
@@ -31,5 +32,6 @@ def lower(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Steps]:
     graph = Graph(model)
     share_pairs(graph)
     drop_pairs(graph)
-    steps = lower_convs(graph) + lower_gemms(graph) + fuse_attention(graph) + lower_embeddings(graph)
+    steps = take_in_padding(graph) + clips_as_relus(graph)
+    steps += lower_convs(graph) + lower_gemms(graph) + fuse_attention(graph) + lower_embeddings(graph)
     return graph.write(), steps
