@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.compress import Finetune, Quantize, Sparsify
-from tasks import batches, calibrate, checkpoints, finetune, layers, sparsify, store
+from tasks import batches, calibrate, checkpoints, layers, sparsify, store, training
 from tasks.artifacts import Checkpoint, Dataset
 
 if TYPE_CHECKING:
@@ -169,26 +169,19 @@ def of_sparsegpt(
 
 
 def of_qat(model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> Callable[[], int]:
-    """Training with the quantizers on."""
-    import modelopt.torch.quantization as mtq
-    import torch
-
+    """Training with the quantizers on, the network read from its checkpoint first."""
     section = Quantize(format=kind, batch_size=BATCH, exclude=("classifier",))
-    rules = calibrate.quant_config(section, layers.quantizable(model))
-    few = bare_batches(checkpoint, dataset)[:2]
-    with torch.no_grad():
-        mtq.quantize(
-            model, rules, lambda net: [net(**{k: v.to(net.device) for k, v in b.items()}) for b in few]
-        )
-    training = Finetune(epochs=1, batch_size=BATCH)
+    quantized = calibrate.calibrate.fn(checkpoint, dataset, section)
+    settings = Finetune(epochs=1, batch_size=BATCH)
     scratch = Path(tempfile.mkdtemp())
 
     def pipeline() -> int:
-        finetune._trainer(model, checkpoint, dataset, training, scratch).train()
+        training.train(training.Job(quantized, dataset, settings, None, scratch), lambda step, losses: None)
         return dataset.rows["train"]
 
     def bare() -> int:
-        _bare_trainer(model, checkpoint, dataset, training, scratch).train()
+        network, _ = checkpoints.restore(quantized)
+        _bare_trainer(network, checkpoint, dataset, settings, scratch).train()
         return dataset.rows["train"]
 
     return pipeline if who == "pipeline" else bare
