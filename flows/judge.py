@@ -12,6 +12,7 @@ from typing import Any, Literal
 from flows.promote import agree
 from recipes import Recipe
 from tasks import lineage, registry, types
+from tasks.agreement import agreement
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel, Version
 from tasks.benchmark import benchmark
 from tasks.build import build, host, machine, precision
@@ -57,6 +58,12 @@ def judge(attempt: Attempt) -> Outcome:
     if rival and not registry.same_engine(rival, candidate):
         judged["champion"] = rival
     scores = score(judged, attempt.dataset, attempt.onnx, attempt)
+    if hasattr(types.load(recipe.task), "generate"):
+        told = agreement(
+            candidate, attempt.checkpoints["candidate"], attempt.dataset, host(recipe.build.runtime)
+        )
+        values = scores["candidate"].values | told.values
+        scores["candidate"] = replace(scores["candidate"], values=values)
     timing = benchmark(
         judged, attempt.dataset, recipe.benchmark, recipe.build.threads, machine(recipe.build.runtime)
     )

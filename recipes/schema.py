@@ -25,6 +25,9 @@ class Needs(NamedTuple):
     trains: bool = True
 
 
+HANDED_OVER = ("fp8", "int4", "int8")
+"""Formats that ModelOpt writes as a Hugging Face checkpoint and that vLLM and TensorRT-LLM read."""
+
 TASKS: dict[str, Needs] = {
     "text-classification": Needs("text"),
     "image-classification": Needs("image"),
@@ -167,6 +170,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _language_fits(self) -> Recipe:
+        asked = [name for name in ("kv_cache", "huggingface") if getattr(self.export, name)]
+        if asked and self.task != "causal-lm":
+            raise ValueError(f"export.{asked[0]} is for task causal-lm, not {self.task}; leave it out")
+        if self.export.huggingface:
+            self._can_be_handed_over()
+        if not self.export.kv_cache:
+            return self
+        if {self.build.runtime, *self.build.also} != {"onnxruntime"}:
+            raise ValueError(
+                "export.kv_cache: only ONNX Runtime's engine is fed a cache here; name no other in "
+                "build.runtime and build.also, and take export.huggingface for TensorRT-LLM"
+            )
+        if self.deploy and self.deploy.triton:
+            raise ValueError(
+                "export.kv_cache: the Triton repository that is written here keeps no cache between "
+                "requests; set deploy.triton: null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiles_fit(self) -> Recipe:
         profiles = self.build.tensorrt.profiles if self.build.tensorrt else ()
         if not (self.build.tensorrt and profiles):
@@ -183,6 +207,18 @@ class Recipe(Section):
                 + (f" at every length from 1 to data.max_length ({longest})" if text else "")
             )
         return self
+
+    def _can_be_handed_over(self) -> None:
+        if self.quantize is None or self.quantize.format not in HANDED_OVER:
+            raise ValueError(
+                f"export.huggingface: the formats that vLLM and TensorRT-LLM read are "
+                f"{', '.join(HANDED_OVER)}; set quantize.format to one of them, or leave it out"
+            )
+        if self.quantize.embeddings:
+            raise ValueError(
+                "export.huggingface: vLLM and TensorRT-LLM have no quantized embedding; set "
+                "quantize.embeddings: false"
+            )
 
     @property
     def compresses(self) -> bool:

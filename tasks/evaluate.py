@@ -119,7 +119,7 @@ def run(session: Session, task: str, encoded: list[types.Example]) -> list[np.nd
     rows: list[Any] = [None] * len(encoded)
     for start in tqdm(range(0, len(order), size), desc="evaluate", unit="batch"):
         chosen = order[start : start + size]
-        (output,) = session.run(kind.collate([encoded[k] for k in chosen])).values()
+        output = next(iter(session.run(kind.collate([encoded[k] for k in chosen])).values()))
         for k, found in zip(chosen, output, strict=True):
             rows[k] = kind.row(found, encoded[k]).astype(np.float64)
     return rows

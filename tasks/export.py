@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recipes.build import Export, Precision
-from tasks import batches, checkpoints, export_scales, store, types, upstream
+from tasks import batches, cache, checkpoints, export_scales, outside, store, types, upstream
 from tasks.artifacts import Checkpoint, Dataset, Facts, OnnxModel
 from tasks.blockwise import lift, place
+from tasks.engines.lowering import tensors
+from tasks.engines.lowering.split import load
 from tasks.errors import InputError
 from tasks.fold import fold, layer_of, name_weights
 from tasks.stage import stage
@@ -29,7 +30,7 @@ EXTERNAL_DATA_PAST = 1 << 30  # bytes; protobuf ends at 2 GiB
 
 @stage(uses=("torch", "nvidia-modelopt", "onnx", "transformers"), name="export", timeout_seconds=3600)
 def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision: Precision) -> OnnxModel:
-    """One graph: inputs and the one output of the task type, with a free batch.
+    """One graph: inputs and output of the task type, with a free batch, and its cache where it is asked for.
 
     `precision` is of everything that is not quantized; inputs and outputs stay FP32.
     Raises InputError when the graph loses a 2:4 weight or a quantizer of the checkpoint.
@@ -39,29 +40,50 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
     model, _ = checkpoints.restore(checkpoint)
     export_scales.fill_empty(model)
     sample = batches.samples(dataset, batches.preprocessor(checkpoint), count=1, size=2)[0]
+    kind = types.load(dataset.type)
+    if section.kv_cache:
+        kind, sample = cache.with_cache(model, kind, sample)
     blocks = lift(model)
-    graph = _trace(model, sample, types.load(dataset.type), section.opset)
+    values = outside.large(model, EXTERNAL_DATA_PAST)
+    graph = _trace(model, sample, kind, section.opset, values)
     fold(graph)
-    name_weights(graph, model)
+    outside.fold(graph, values)
+    name_weights(graph, model, tensors.LARGE if values else None)
     place(graph, blocks)
+    values = outside.left(graph, values)
     if precision != "fp32":
         graph = _half(graph, precision)
-    facts = {"opset": section.opset, "precision": precision, **_counts(graph)}
-    _hold(facts, checkpoint.facts)
+        outside.cast(graph, values)
     with store.staging() as folder:
-        _write(graph, folder / "model.onnx")
+        if values:
+            outside.write(graph, values, folder)
+        else:
+            onnx.save_model(graph, str(folder / "model.onnx"))
+        counts = _counts(load(folder / "model.onnx"))
+        facts = {"opset": section.opset, "precision": precision, **counts}
+        _hold(facts, checkpoint.facts)
         onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
         return OnnxModel(store.commit(folder), checkpoint.facts.get("format", precision), facts)
 
 
-def _trace(model: nn.Module, sample: types.Example, kind: types.TaskType, opset: int) -> onnx.ModelProto:
-    """ModelOpt's exporter; the one route that works on every quantized network tried."""
+def _trace(
+    model: nn.Module,
+    sample: types.Example,
+    kind: types.TaskType,
+    opset: int,
+    values: outside.Values | None = None,
+) -> onnx.ModelProto:
+    """ModelOpt's exporter; the one route that works on every quantized network tried.
+
+    The weights among `values` are inputs of the graph.
+    """
     import onnx
     from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
 
-    axes = kind.INPUTS
-    wrapped = _positional(model, kind)
-    inputs = tuple(batches.tensors(sample)[name] for name in axes)
+    axes = {name.replace(".", "_"): free for name, free in kind.INPUTS.items()}
+    values = values or {}
+    wrapped = _positional(model, kind, values)
+    inputs = tuple(batches.tensors(sample)[name] for name in kind.INPUTS)
     with checkpoints.quiet():  # the tracer's warnings, too: parity is checked on the engine
         content, _ = get_onnx_bytes_and_metadata(
             wrapped, inputs, dynamic_axes=axes, weights_dtype="fp32", onnx_opset=opset, dynamo_export=False
@@ -70,41 +92,49 @@ def _trace(model: nn.Module, sample: types.Example, kind: types.TaskType, opset:
     upstream.q_dq_in_tensorrts_domain(graph)
     upstream.q_dq_after_softmax(graph)
     upstream.float_types_of_fp8_values(graph)
-    _name_output(graph, kind.OUTPUTS)
+    outside.as_inputs(graph, values)
+    _rename(graph, dict(zip(axes, kind.INPUTS, strict=True)))
+    _name_outputs(graph, kind.OUTPUTS)
     return graph
 
 
-def _positional(model: nn.Module, kind: types.TaskType) -> nn.Module:
+def _positional(model: nn.Module, kind: types.TaskType, values: outside.Values) -> nn.Module:
     import torch
 
     class Positional(torch.nn.Module):
-        """Positional inputs in, the task type's output out."""
+        """Positional inputs in, the task type's output out, and the cache where it has one."""
 
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, *arrays: torch.Tensor) -> torch.Tensor:
-            return kind.forward(self.model, dict(zip(kind.INPUTS, arrays, strict=True)))
+        def forward(self, *arrays: torch.Tensor) -> Any:
+            with outside.marked(self.model, values, arrays[0]):
+                return kind.forward(self.model, dict(zip(kind.INPUTS, arrays, strict=True)))
 
-    # The exporter takes the graph's input names from here.
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *kind.INPUTS)
-    ]
+    # The exporter takes the graph's input names from here; a dot cannot be in one.
+    names = ("self", *(name.replace(".", "_") for name in kind.INPUTS))
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     Positional.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return Positional().eval()
 
 
-def _name_output(graph: onnx.ModelProto, outputs: dict[str, dict[int, str]]) -> None:
-    """Call the only output what the task type calls it, with its free axes."""
-    (output,) = graph.graph.output
-    ((wanted, axes),) = outputs.items()
+def _name_outputs(graph: onnx.ModelProto, outputs: dict[str, dict[int, str]]) -> None:
+    """Call the outputs what the task type calls them, with their free axes."""
+    found = list(graph.graph.output)
+    _rename(graph, dict(zip((output.name for output in found), outputs, strict=True)))
+    for output, axes in zip(found, outputs.values(), strict=True):
+        for axis, symbol in axes.items():
+            output.type.tensor_type.shape.dim[axis].dim_param = symbol
+
+
+def _rename(graph: onnx.ModelProto, names: dict[str, str]) -> None:
+    """Other names for values, wherever they stand."""
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.name = names.get(value.name, value.name)
     for node in graph.graph.node:
-        node.output[:] = [wanted if name == output.name else name for name in node.output]
-        node.input[:] = [wanted if name == output.name else name for name in node.input]
-    output.name = wanted
-    for axis, symbol in axes.items():
-        output.type.tensor_type.shape.dim[axis].dim_param = symbol
+        node.output[:] = [names.get(name, name) for name in node.output]
+        node.input[:] = [names.get(name, name) for name in node.input]
 
 
 def _half(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
@@ -137,8 +167,6 @@ def _counts(model: onnx.ModelProto) -> Facts:
 
 def _gemm_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     """Stored weights of MatMul, Gemm and Conv by layer, behind DQ, Cast and Transpose; K on axis 1."""
-    from onnx import numpy_helper
-
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     producer = {name: node for node in model.graph.node for name in node.output}
     found: dict[str, np.ndarray] = {}
@@ -150,7 +178,7 @@ def _gemm_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             turned ^= producer[name].op_type == "Transpose"
             name = producer[name].input[0]
         if name in stored:
-            weight = numpy_helper.to_array(stored[name])
+            weight = tensors.array(stored[name])
             layer = layer_of(node.name) or name
             found[layer] = weight.T if node.op_type != "Conv" and not turned else weight
     return found
@@ -180,17 +208,3 @@ def _hold(facts: Facts, checkpoint: Facts) -> None:
         raise InputError(
             f"export: {wanted} quantizers are on in the checkpoint, {facts['dequantize_nodes']} in the graph"
         )
-
-
-def _write(model: onnx.ModelProto, file: Path) -> None:
-    """Save; past 1 GB the tensors go beside the graph, into `model.onnx.data`."""
-    import onnx
-
-    large = sum(tensor.ByteSize() for tensor in model.graph.initializer) > EXTERNAL_DATA_PAST
-    onnx.save_model(
-        model,
-        str(file),
-        save_as_external_data=large,
-        all_tensors_to_one_file=True,
-        location="model.onnx.data",
-    )

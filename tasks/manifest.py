@@ -36,6 +36,8 @@ class Attempt:
     retrained: Facts | None = None
     """Of a retrain: from which version, refitted or built and why, with the seconds of both."""
     scores: dict[str, Metrics] = field(default_factory=dict)
+    handover: Metrics | None = None
+    """The candidate as a Hugging Face checkpoint, where the recipe asks for one."""
     timing: Metrics | None = None
     verdict: Verdict | None = None
     measurements: Metrics | None = None
@@ -59,6 +61,7 @@ def manifest(attempt: Attempt) -> dict[str, Any]:
         "checkpoints": {name: _without(asdict(item), "curve") for name, item in attempt.checkpoints.items()},
         "onnx": {name: asdict(item) for name, item in attempt.onnx.items()},
         "engines": {name: asdict(item) | {"bytes": item.bytes} for name, item in attempt.engines.items()},
+        "handover": asdict(attempt.handover) if attempt.handover else None,
         "metrics": metrics(attempt),
         "timing": asdict(attempt.timing) if attempt.timing else None,
         "verdict": asdict(attempt.verdict) if attempt.verdict else None,

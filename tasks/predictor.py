@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,29 @@ import numpy as np
 
 from tasks import types
 from tasks.engines import open_engine
+from tasks.engines.common import PAST, Session
 from tasks.errors import InputError
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Examples through a session; `step` takes a batch as the engine does, with a cache where it has one."""
+
+    session: Session
+    kind: types.TaskType
+
+    @property
+    def cached(self) -> bool:
+        """Whether the engine takes and gives a key/value cache."""
+        return any(name.startswith(PAST) for name in self.session.inputs)
+
+    def __call__(self, examples: Sequence[types.Example]) -> np.ndarray:
+        """The engine's output for one batch of examples."""
+        return np.asarray(next(iter(self.step(self.kind.collate(examples)).values())))
+
+    def step(self, feed: types.Example) -> types.Example:
+        """All outputs by name."""
+        return self.session.run(feed)
 
 
 class Predictor:
@@ -29,6 +52,7 @@ class Predictor:
         self.kind = types.load(self.settings["type"])
         runtime, plan = self.about["plan"]["runtime"], plan or folder / "plan"
         self.session = open_engine(runtime, plan, weights if weights.is_dir() else None)
+        self.run = Runner(self.session, self.kind)
 
     def predict(self, values: Sequence[Any]) -> list[dict[str, Any]]:
         """What the task type answers (`{"label", "score"}`) per value; a bad one is named by its place."""
@@ -43,11 +67,6 @@ class Predictor:
         for start in range(0, len(encoded), largest):
             found += self.kind.answer(self.preprocessor, encoded[start : start + largest], self.run)
         return found
-
-    def run(self, examples: Sequence[types.Example]) -> np.ndarray:
-        """The engine's output for one batch of examples."""
-        (output,) = self.session.run(self.kind.collate(examples)).values()
-        return np.asarray(output)
 
     def output(self, values: Sequence[Any]) -> np.ndarray:
         """The engine's output for at most one batch of values that were checked."""

@@ -19,7 +19,8 @@ FORBIDDEN = {
 OWNERS = {
     "mlflow": {"tasks/registry*.py", "tasks/serving.py"},
     "modelopt": {
-        f"tasks/{n}.py" for n in ("checkpoints", "load", "sparsify", "calibrate", "finetune", "export")
+        f"tasks/{n}.py"
+        for n in ("checkpoints", "load", "sparsify", "calibrate", "finetune", "export", "handover")
     }
     | {"recipes/int8_checkpoint.py"},  # stands for another team's code
     "onnxruntime": {"tasks/engines/onnxruntime*.py", "tasks/peak_memory.py"},

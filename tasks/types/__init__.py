@@ -24,7 +24,7 @@ Run = Callable[[Sequence[Example]], np.ndarray]
 
 
 class TaskType(Protocol):
-    """What each file in this folder offers."""
+    """What each file in this folder offers; a language model also `generate`."""
 
     COLUMN: str
     """The key of `data` that says where the inputs are, and the column they are kept in: text or image."""
