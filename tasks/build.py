@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.build import Build, Precision, Profile, Runtime, TensorRT
-from tasks import batches, store, types
+from tasks import batches, cache, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module
 from tasks.engines.common import Built, graph_digest
@@ -82,8 +82,8 @@ def build(
         if installed(runtime) is None:
             built = _only_checked(model, folder, runtime)
         else:
-            samples = batches.samples(dataset, folder / "preprocessor")
             source = store.path(model.blob)
+            samples = cache.samples(dataset, folder / "preprocessor", source)
             options = _options(runtime, section, dataset, folder / "preprocessor", samples[0])
             if runtime != "onnxruntime" and options["sparse"] is None:
                 options["sparse"] = module(runtime).is_sparse(source)

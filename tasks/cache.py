@@ -6,20 +6,22 @@ padding before or after a text moves none.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tasks import batches, types
-from tasks.engines.common import PAST, PRESENT
+from tasks.artifacts import Dataset
+from tasks.engines.common import PAST, PRESENT, model_file
 from tasks.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TRACED = 3
-"""Tokens of past in the example that is traced."""
+"""Tokens of past in the example that is traced, and in those that an engine is proved by."""
 
 
 def with_cache(network: nn.Module, kind: types.TaskType, sample: types.Example) -> tuple[Any, types.Example]:
@@ -33,13 +35,30 @@ def with_cache(network: nn.Module, kind: types.TaskType, sample: types.Example) 
         OUTPUTS={**kind.OUTPUTS, **{PRESENT + name: {0: "batch", 2: "total"} for name in names}},
         forward=forward,
     )
-    count = len(sample["input_ids"])
-    random = np.random.default_rng(0)
-    shapes = [(count, layer.keys.shape[1], TRACED, layer.keys.shape[3]) for layer in layers for _ in range(2)]
-    past = [random.standard_normal(shape, np.float32) for shape in shapes]
+    sizes = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers for _ in range(2)]
+    return cached, _after_a_past(sample, dict(zip(names, sizes, strict=True)))
+
+
+def samples(dataset: Dataset, preprocessor: Path, model: Path) -> list[types.Example]:
+    """`batches.samples`, and for a graph with a cache the same texts again as if they went on from others."""
+    import onnx
+
+    found = batches.samples(dataset, preprocessor)
+    graph = onnx.load(model_file(model), load_external_data=False).graph
+    dims = {item.name: item.type.tensor_type.shape.dim for item in graph.input if item.name.startswith(PAST)}
+    sizes = {name.removeprefix(PAST): (dim[1].dim_value, dim[3].dim_value) for name, dim in dims.items()}
+    return [*found, *(_after_a_past(sample, sizes) for sample in found)] if sizes else found
+
+
+def _after_a_past(sample: types.Example, sizes: dict[str, tuple[int, int]]) -> types.Example:
+    """The batch behind random keys and values; `sizes` has heads and width of each."""
+    random, rows = np.random.default_rng(0), len(sample["input_ids"])
+    past = {
+        PAST + name: random.standard_normal((rows, heads, TRACED, width), np.float32)
+        for name, (heads, width) in sizes.items()
+    }
     mask = np.pad(sample["attention_mask"], ((0, 0), (TRACED, 0)), constant_values=1)
-    arrays = {PAST + name: array for name, array in zip(names, past, strict=True)}
-    return cached, {"input_ids": sample["input_ids"], "attention_mask": mask, **arrays}
+    return {"input_ids": sample["input_ids"], "attention_mask": mask, **past}
 
 
 def forward(network: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

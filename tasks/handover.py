@@ -45,9 +45,11 @@ def handover(checkpoint: Checkpoint, dataset: Dataset) -> Metrics:
     not the network's.
     """
     format = checkpoint.facts["format"]
-    network, _ = checkpoints.restore(checkpoint)
+    network: Any = checkpoints.restore(checkpoint)[0]
     if not hasattr(network, "save_pretrained"):
         raise InputError("export.huggingface: the network is not one of transformers; leave it out")
+    if network.config.architectures is None:  # a network from a configuration, never saved by transformers
+        network.config.architectures = [type(network).__name__]
     batch = batches.samples(dataset, batches.preprocessor(checkpoint), count=1)[0]
     wanted = _logits(network, batch)
     with store.staging() as folder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from tasks import batches, store
+from tasks import batches, cache, store
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
 from tasks.engines import module
 from tasks.engines.common import RefitError, graph_digest, model_file
@@ -46,7 +46,7 @@ def refit(model: OnnxModel, checkpoint: Checkpoint, dataset: Dataset, champion: 
     plan = champion.plan
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
-        samples = batches.samples(dataset, folder / "preprocessor")
+        samples = cache.samples(dataset, folder / "preprocessor", store.path(model.blob))
         try:
             made = module(plan.runtime).refit(
                 store.path(plan.blob), store.path(model.blob), folder, samples=samples

@@ -26,7 +26,7 @@ from tasks.export import export
 from tasks.predictor import Runner
 
 TASK = "causal-lm"
-KIND = types.load(TASK)
+KIND: Any = types.load(TASK)
 CACHED = Export(opset=21, kv_cache=True)
 
 
@@ -123,8 +123,16 @@ def test_the_engine_goes_on_with_pytorch_s_tokens(case: tuple[Dataset, Checkpoin
     engine = build.fn(graph, checkpoint, dataset, Build(), "onnxruntime", "")
     assert engine.proved == "executed"
     told = agreement.fn(engine, checkpoint, dataset, "")
-    assert told.values["greedy_agreement"] > 0.9
+    assert told.values["greedy_agreement"] > 0.5  # of an untrained network, whose logits are nearly equal
     assert told.facts["tokens"] == 32
+    network, _ = checkpoints.restore(checkpoint)
+    with opened(graph) as session:
+        found = KIND.generate(texts(case), Runner(session, KIND))
+    for example, tokens in zip(texts(case), found, strict=True):
+        ids = torch.from_numpy(example["input_ids"])[None]
+        with torch.no_grad():
+            wanted = network.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None)
+        assert tokens.tolist() == wanted[0, ids.shape[1] :].tolist()
     plan, weights = store.path(engine.plan.blob), engine.weights and store.path(engine.weights)
     with onnxruntime.open(plan, weights) as session:
         lengths: list[int] = []
