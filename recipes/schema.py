@@ -14,7 +14,7 @@ from recipes.gate import Gate
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 # A path of the repository as git's `:(glob)` reads it: `*` stays in a folder, `**` does not.
 Glob = Annotated[str, StringConstraints(pattern=r"^\.?[^/:.](\.?[^.])*\.?$")]
-Task = Literal["text-classification", "image-classification", "sentence-embedding", "causal-lm"]
+Task = Literal["text-classification", "image-classification", "sentence-embedding", "causal-lm", "diffusion"]
 
 
 class Needs(NamedTuple):
@@ -33,6 +33,7 @@ TASKS: dict[str, Needs] = {
     "image-classification": Needs("image"),
     "sentence-embedding": Needs("text", labels=False, trains=False),
     "causal-lm": Needs("text", labels=False),
+    "diffusion": Needs("image", labels=False, trains=False),
 }
 
 
@@ -144,6 +145,10 @@ class Recipe(Section):
             raise ValueError(
                 f"task {self.task} is not trained here, the weights are model.source's; remove "
                 + ", ".join(given)
+            )
+        if self.task == "diffusion" and not self.model.source.startswith(("python:", "modelopt:")):
+            raise ValueError(
+                "task diffusion needs a network of your own: model.source python:MODULE:FUNCTION"
             )
         if needs.column == "text" and self.model.source.startswith("python:") and not self.model.tokenizer:
             raise ValueError("a python: model of texts has no tokenizer; say where one is: model.tokenizer")

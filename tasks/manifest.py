@@ -38,6 +38,8 @@ class Attempt:
     scores: dict[str, Metrics] = field(default_factory=dict)
     handover: Metrics | None = None
     """The candidate as a Hugging Face checkpoint, where the recipe asks for one."""
+    pictures: Metrics | None = None
+    """Of a diffusion model: what baseline and candidate make of the same noise."""
     timing: Metrics | None = None
     verdict: Verdict | None = None
     measurements: Metrics | None = None

@@ -299,8 +299,9 @@ def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
         _report(attempt, store.path(attempt.measurements.blob), scratch / "report")
         mlflow.log_artifacts(str(scratch / "report"), "gate")
     mlflow.log_artifacts(str(store.path(attempt.checkpoints["candidate"].blob)), "checkpoint")
-    if attempt.handover and attempt.handover.blob:
-        mlflow.log_artifacts(str(store.path(attempt.handover.blob)), "huggingface")
+    for name, made in (("huggingface", attempt.handover), ("pictures", attempt.pictures)):
+        if made and made.blob:
+            mlflow.log_artifacts(str(store.path(made.blob)), name)
     if attempt.retrained:  # the rest lies with the version that it came from, or can be made again
         return
     for name, model in attempt.onnx.items():

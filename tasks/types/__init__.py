@@ -24,7 +24,7 @@ Run = Callable[[Sequence[Example]], np.ndarray]
 
 
 class TaskType(Protocol):
-    """What each file in this folder offers; a language model also `generate`."""
+    """What each file here offers; a language model also has `generate`, a diffusion model `pictures`."""
 
     COLUMN: str
     """The key of `data` that says where the inputs are, and the column they are kept in: text or image."""

@@ -42,6 +42,7 @@ def test_every_type_offers_every_name_and_agrees_with_the_schema(task: str) -> N
         ("sentence-embedding", "neighbours@10", "accuracy", "takes a label; sentence-embedding gives vector"),
         ("sentence-embedding", "recall@1", "perplexity", "takes a loss; sentence-embedding gives vector"),
         ("causal-lm", "perplexity", "accuracy", "takes a label; causal-lm gives loss"),
+        ("diffusion", "cosine", "perplexity", "takes a loss; diffusion gives vector"),
     ],
 )
 def test_a_metric_must_fit_the_type(task: str, good: str, bad: str, words: str) -> None:
