@@ -57,6 +57,8 @@ def build(labels: int) -> nn.Module:
     class DiT(nn.Module):
         """Patches in, patches of noise out."""
 
+        frequencies: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.patches = nn.Conv2d(1, WIDTH, PATCH, stride=PATCH)

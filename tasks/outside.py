@@ -60,10 +60,11 @@ def large(network: nn.Module, past: int) -> Values:
     if sum(sizes.values()) <= past:
         return {}
     for module in network.modules():
-        if module._buffers.get(MASK) is not None and module.weight.numel() * 4 > tensors.LARGE:
+        weight, mask = module._parameters.get("weight"), module._buffers.get(MASK)
+        if weight is not None and mask is not None and weight.numel() * 4 > tensors.LARGE:
             with torch.no_grad():
-                module._parameters["weight"].mul_(module._buffers.pop(MASK))
-                module._buffers[MASK] = None
+                weight.mul_(mask)
+            module._buffers[MASK] = None
     return {
         f"model.{name}": Value(weight)
         for name, weight in network.named_parameters()

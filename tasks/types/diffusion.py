@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import types
-from tasks.types import Example, Run
-from tasks.types.images import *  # noqa: F403
-from tasks.types.images import encode as images
+from tasks.types import Example, Run, images
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+COLUMN, check, example, smoke = images.COLUMN, images.check, images.example, images.smoke
 REFERENCES = "baseline"
 INPUTS = {"sample": {0: "batch"}, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
 OUTPUTS = {"noise": {0: "batch"}}
@@ -40,7 +39,7 @@ def encode(folder: Path, values: Sequence[Any]) -> list[Example]:
 
     `start` is the image as it was given, where a picture begins.
     """
-    return [_noised(example["pixel_values"]) for example in images(folder, values)]
+    return [_noised(example["pixel_values"]) for example in images.encode(folder, values)]
 
 
 def _noised(image: np.ndarray) -> Example:
