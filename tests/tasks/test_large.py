@@ -1,4 +1,4 @@
-"""A network past protobuf's 2 GB, for real: `benchmarks/large.py`, whose table must hold what the docs say."""
+"""A network past protobuf's 2 GB, for real: `benchmarks.large`, whose table must hold what docs say."""
 
 from __future__ import annotations
 
