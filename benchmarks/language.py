@@ -1,6 +1,6 @@
 """A small language model: perplexity before and after training and in each format, and what a cache saves.
 
-python -m benchmarks.language [RECIPE]
+python -m benchmarks.language [RECIPE [section.key=value …]]
 
 The recipe's network (`bytes-llama-int8-ptq`) as it starts, trained on its texts, then in each format;
 perplexity is over all held-out texts on the built engine. `greedy` is the share of tokens that the engine and
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flows  # noqa: F401  the settings
 import recipes
 from recipes.build import Build, Export
 from recipes.compress import Quantize
@@ -47,13 +48,13 @@ COLUMNS = ("network", "perplexity", "engine bytes", "proved", "greedy", "Hugging
 
 def main() -> None:
     """The table, then the ratios."""
-    recipe = recipes.load(sys.argv[1] if len(sys.argv) > 1 else "bytes-llama-int8-ptq")
+    recipe = recipes.load(*sys.argv[1:2] or ["bytes-llama-int8-ptq"], sys.argv[2:])
     assert recipe.finetune is not None
     store.prepare()
     found = fingerprint(recipe.model.source, recipe.model.revision)
     data = load_data.fn(recipe.data, recipe.task, content(recipe.data))
     start = load_model.fn(recipe.model, recipe.data, recipe.task, found, recipe.data.split.seed)
-    trained = finetune.fn(start, data, recipe.finetune)
+    trained = finetune(start, data, recipe.finetune)  # a stage: kept from a run of the recipe
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     row("fp32, random weights", start, data)
     row("fp32, trained", trained, data)

@@ -153,7 +153,7 @@ def _counts(model: onnx.ModelProto) -> Facts:
     operators = Counter(node.op_type for node in model.graph.node)
     types_ = Counter(TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer)
     weights = _gemm_weights(model)
-    sparse = [name for name, weight in weights.items() if _is_2_4(weight)]
+    sparse = [name for name, (tensor, turned) in weights.items() if _is_2_4(tensor, turned)]
     return {
         "nodes": sum(operators.values()),
         "quantize_nodes": operators["QuantizeLinear"],
@@ -165,11 +165,11 @@ def _counts(model: onnx.ModelProto) -> Facts:
     }
 
 
-def _gemm_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Stored weights of MatMul, Gemm and Conv by layer, behind DQ, Cast and Transpose; K on axis 1."""
+def _gemm_weights(model: onnx.ModelProto) -> dict[str, tuple[onnx.TensorProto, bool]]:
+    """Stored weights of MatMul, Gemm and Conv by layer, behind DQ, Cast and Transpose; is K on axis 0."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     producer = {name: node for node in model.graph.node for name in node.output}
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, tuple[onnx.TensorProto, bool]] = {}
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
@@ -178,9 +178,7 @@ def _gemm_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             turned ^= producer[name].op_type == "Transpose"
             name = producer[name].input[0]
         if name in stored:
-            weight = tensors.array(stored[name])
-            layer = layer_of(node.name) or name
-            found[layer] = weight.T if node.op_type != "Conv" and not turned else weight
+            found[layer_of(node.name) or name] = stored[name], node.op_type != "Conv" and not turned
     return found
 
 
@@ -188,9 +186,10 @@ def _turns(node: onnx.NodeProto) -> bool:
     return any(item.name == "transB" and item.i for item in node.attribute)
 
 
-def _is_2_4(weight: Any) -> bool:
+def _is_2_4(tensor: onnx.TensorProto, turned: bool) -> bool:
     import torch
 
+    weight = tensors.array(tensor).T if turned else tensors.array(tensor)
     dense = torch.from_numpy(np.ascontiguousarray(weight.astype(np.float32)))
     valid, groups = checkpoints.groups_2_4(dense)
     return groups > 0 and valid == groups
