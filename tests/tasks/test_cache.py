@@ -148,6 +148,7 @@ def test_the_engine_goes_on_with_pytorch_s_tokens(case: tuple[Dataset, Checkpoin
     assert [row["truncated"] for row in rows] == [False] * 3
 
 
+@pytest.mark.long
 def test_tokens_that_differ_are_counted(case: tuple[Dataset, Checkpoint]) -> None:
     """An engine of another network agrees with this one by chance at most."""
     dataset, checkpoint = case

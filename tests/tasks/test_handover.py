@@ -31,8 +31,18 @@ def start(lm_recipe: Path) -> tuple[Dataset, Checkpoint]:
     ("section", "algorithm", "kind"),
     [
         ({"format": "fp8"}, "FP8", torch.float8_e4m3fn),
-        ({"format": "int4", "algorithm": "awq", "block_size": 32}, "W4A16_AWQ", torch.uint8),
-        ({"format": "int8", "algorithm": "smoothquant"}, "W8A8_SQ_PER_CHANNEL", torch.int8),
+        pytest.param(
+            {"format": "int4", "algorithm": "awq", "block_size": 32},
+            "W4A16_AWQ",
+            torch.uint8,
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"format": "int8", "algorithm": "smoothquant"},
+            "W8A8_SQ_PER_CHANNEL",
+            torch.int8,
+            marks=pytest.mark.long,
+        ),
     ],
     ids=lambda value: value.get("format") if isinstance(value, dict) else "",
 )

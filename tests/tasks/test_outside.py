@@ -48,11 +48,11 @@ def logits(plan: Path, weights: Path | None, case: Any, level: str | None) -> np
     [
         (None, 4),
         ({"format": "int8", "embeddings": True}, 1),
-        ({"format": "int8-weight-only"}, 1),
-        ({"format": "fp8"}, 1),
         ({"format": "int4", "block_size": 32}, 0),
-        ({"format": "int4", "block_size": 16, "algorithm": "awq"}, 0),
-        ({"format": "w4a8", "block_size": 32}, 0),
+        pytest.param({"format": "int8-weight-only"}, 1, marks=pytest.mark.long),
+        pytest.param({"format": "fp8"}, 1, marks=pytest.mark.long),
+        pytest.param({"format": "int4", "block_size": 16, "algorithm": "awq"}, 0, marks=pytest.mark.long),
+        pytest.param({"format": "w4a8", "block_size": 32}, 0, marks=pytest.mark.long),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
@@ -85,6 +85,7 @@ def test_a_large_network_is_the_same_network(
     assert np.abs(found - wanted).max() < 0.02
 
 
+@pytest.mark.long
 def test_it_is_the_graph_that_a_small_one_would_be(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for where values are: the same names, types and shapes, so that a refit finds the same plan."""
     checkpoint = calibrate.fn(text.checkpoint, text.dataset, Quantize(format="int8"))
@@ -117,6 +118,7 @@ def test_half_precision_is_cast_while_it_is_written(text: Any, small_limits: Non
     assert np.abs(logits(store.path(model.blob), None, text, "disabled") - whole).max() < 5e-3
 
 
+@pytest.mark.long
 def test_2_4_is_counted_in_the_file(text: Any, small_limits: None) -> None:
     pruned = sparsify.fn(text.checkpoint, text.dataset, Sparsify(exclude=("classifier",)))
     model = exported(calibrate.fn(pruned, text.dataset, Quantize(format="int8")), text)
