@@ -12,6 +12,7 @@ from typing import Any, Literal
 from flows.promote import agree
 from recipes import Recipe
 from tasks import lineage, registry, types
+from tasks.agreement import agreement
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel, Version
 from tasks.benchmark import benchmark
 from tasks.build import build, host, machine, precision
@@ -21,6 +22,7 @@ from tasks.export import export
 from tasks.load import fingerprint
 from tasks.manifest import Attempt, metrics
 from tasks.measurements import verdict_from_bytes
+from tasks.pictures import pictures
 from tasks.previous import previous_rows
 from tasks.stage import say, timeline
 
@@ -57,6 +59,8 @@ def judge(attempt: Attempt) -> Outcome:
     if rival and not registry.same_engine(rival, candidate):
         judged["champion"] = rival
     scores = score(judged, attempt.dataset, attempt.onnx, attempt)
+    told, drawn = shown(attempt)
+    scores["candidate"] = replace(scores["candidate"], values=scores["candidate"].values | told)
     timing = benchmark(
         judged, attempt.dataset, recipe.benchmark, recipe.build.threads, machine(recipe.build.runtime)
     )
@@ -72,6 +76,7 @@ def judge(attempt: Attempt) -> Outcome:
         attempt,
         engines=attempt.engines | judged,
         scores=scores,
+        pictures=drawn,
         timing=timing,
         verdict=verdict,
         measurements=measurements,
@@ -89,6 +94,18 @@ def judge(attempt: Attempt) -> Outcome:
     if done.champion != version.version:
         return _outcome("refused", attempt, replace(promoted, alias=None), (done.reason,))
     return _outcome("promoted", attempt, promoted, ())
+
+
+def shown(attempt: Attempt) -> tuple[dict[str, float], Metrics | None]:
+    """What a model that generates says or draws beside its reference: numbers to report, and the pictures."""
+    kind, here = types.load(attempt.recipe.task), host(attempt.recipe.build.runtime)
+    candidate, data = attempt.engines["candidate"], attempt.dataset
+    if hasattr(kind, "generate"):
+        return agreement(candidate, attempt.checkpoints["candidate"], data, here).values, None
+    if hasattr(kind, "pictures"):
+        drawn = pictures(candidate, attempt.engines["baseline"], data, here)
+        return drawn.values, drawn
+    return {}, None
 
 
 def score(

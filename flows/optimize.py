@@ -6,6 +6,7 @@ python -m flows optimize RECIPE [--set section.key=value …] [--json]
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from prefect import flow
 
@@ -20,6 +21,7 @@ from tasks.calibrate import calibrate
 from tasks.evaluate import check
 from tasks.export import export
 from tasks.finetune import check_training, finetune
+from tasks.handover import handover
 from tasks.load import content, fingerprint, load_data, load_model
 from tasks.manifest import Attempt
 from tasks.registry_training import live
@@ -68,12 +70,11 @@ def _optimize(recipe: Recipe) -> Outcome:
     # 4. Engines of both for the target runtime, and the candidate's for the others.
     checkpoints = {"candidate": candidate, "baseline": baseline}
     onnx, engines = engines_of(checkpoints, data, recipe)
+    handed = handover(candidate, data) if recipe.export.huggingface else None
 
     # 5. Measure beside baseline and champion, judge, register, promote.
-    attempt = Attempt(
-        recipe, data, checkpoints, onnx, engines, found, timeline=tuple(timeline), controls=controls
-    )
-    return judge(attempt)
+    attempt = Attempt(recipe, data, checkpoints, onnx, engines, found, controls=controls, handover=handed)
+    return judge(replace(attempt, timeline=tuple(timeline)))
 
 
 def compress(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> Checkpoint:

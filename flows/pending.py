@@ -5,12 +5,15 @@ python -m flows promote NAME     (where the alias is on a version with gate=pend
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flows.judge import Outcome, judge
 from tasks import lineage, registry
 from tasks.artifacts import Engine
 from tasks.build import build, host, precision
 from tasks.errors import InputError
 from tasks.export import export
+from tasks.handover import handover
 from tasks.manifest import Attempt
 from tasks.stage import timeline
 
@@ -33,5 +36,6 @@ def judge_pending(model: str, version: str) -> Outcome:
         name: build(graph, checkpoint, rows, settings, target, host(target)) for name, graph in onnx.items()
     }
     found = lineage.found(waiting)
-    made = Attempt(recipe, rows, {"candidate": checkpoint}, onnx, engines, found, timeline=tuple(timeline))
-    return judge(made)
+    handed = handover(checkpoint, rows) if recipe.export.huggingface else None
+    made = Attempt(recipe, rows, {"candidate": checkpoint}, onnx, engines, found, handover=handed)
+    return judge(replace(made, timeline=tuple(timeline)))

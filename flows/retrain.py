@@ -24,6 +24,7 @@ from tasks.errors import InputError
 from tasks.evaluate import check
 from tasks.export import export
 from tasks.finetune import check_training, finetune
+from tasks.handover import handover
 from tasks.load import content, fingerprint, load_data, load_model
 from tasks.manifest import Attempt
 from tasks.refit import Refit, refit
@@ -113,6 +114,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
     tried = refitted(onnx, candidate, data, found_champion, rebuild, target)
     engine = tried.engine or build(onnx, candidate, data, _settings(recipe), target, host(target))
     baseline_onnx, baseline = reference(champion, candidate, data, recipe)
+    handed = handover(candidate, data) if recipe.export.huggingface else None
 
     # 4. Measure beside baseline and champion, on new and on earlier rows, judge, register, promote.
     attempt = Attempt(
@@ -123,6 +125,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
         {"candidate": engine, "baseline": baseline},
         found,
         story(champion, tried, engine, found_champion),
+        handover=handed,
         timeline=tuple(timeline),
     )
     return judge(attempt)

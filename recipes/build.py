@@ -15,11 +15,15 @@ Precision = Literal["fp32", "fp16", "bf16"]
 class Export(Section):
     """ONNX; 20 is the first opset with everything FP8 needs, 21 with INT4, 22 with BF16.
 
-    `precision` is of what is not quantized; without it FP16 for TensorRT, FP32 for ONNX Runtime.
+    `precision` is of what is not quantized; without it FP16 for TensorRT, FP32 for ONNX Runtime. `kv_cache`
+    gives a language model its key/value cache as inputs and outputs; `huggingface` also writes the quantized
+    checkpoint as vLLM and TensorRT-LLM read it.
     """
 
     opset: int = Field(20, ge=17, le=23)
     precision: Precision | None = None
+    kv_cache: bool = False
+    huggingface: bool = False
 
     @model_validator(mode="after")
     def _opset_has_it(self) -> Export:

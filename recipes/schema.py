@@ -14,7 +14,14 @@ from recipes.gate import Gate
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 # A path of the repository as git's `:(glob)` reads it: `*` stays in a folder, `**` does not.
 Glob = Annotated[str, StringConstraints(pattern=r"^\.?[^/:.](\.?[^.])*\.?$")]
-Task = Literal["text-classification", "image-classification", "image-text", "sentence-embedding", "causal-lm"]
+Task = Literal[
+    "text-classification",
+    "image-classification",
+    "image-text",
+    "sentence-embedding",
+    "causal-lm",
+    "diffusion",
+]
 
 
 class Needs(NamedTuple):
@@ -30,12 +37,16 @@ class Needs(NamedTuple):
         return self.column != "image"
 
 
+HANDED_OVER = ("fp8", "int4", "int8")
+"""Formats that ModelOpt writes as a Hugging Face checkpoint and that vLLM and TensorRT-LLM read."""
+
 TASKS: dict[str, Needs] = {
     "text-classification": Needs("text"),
     "image-classification": Needs("image"),
     "image-text": Needs("pair", labels=False),
     "sentence-embedding": Needs("text", labels=False, trains=False),
     "causal-lm": Needs("text", labels=False),
+    "diffusion": Needs("image", labels=False, trains=False),
 }
 
 
@@ -165,6 +176,10 @@ class Recipe(Section):
                 f"task {self.task} is not trained here, the weights are model.source's; remove "
                 + ", ".join(given)
             )
+        if self.task == "diffusion" and not self.model.source.startswith(("python:", "modelopt:")):
+            raise ValueError(
+                "task diffusion needs a network of your own: model.source python:MODULE:FUNCTION"
+            )
         if needs.texts and self.model.source.startswith("python:") and not self.model.tokenizer:
             raise ValueError("a python: model of texts has no tokenizer; say where one is: model.tokenizer")
 
@@ -224,6 +239,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _language_fits(self) -> Recipe:
+        asked = [name for name in ("kv_cache", "huggingface") if getattr(self.export, name)]
+        if asked and self.task != "causal-lm":
+            raise ValueError(f"export.{asked[0]} is for task causal-lm, not {self.task}; leave it out")
+        if self.export.huggingface:
+            self._can_be_handed_over()
+        if not self.export.kv_cache:
+            return self
+        if {self.build.runtime, *self.build.also} != {"onnxruntime"}:
+            raise ValueError(
+                "export.kv_cache: only ONNX Runtime's engine is fed a cache here; name no other in "
+                "build.runtime and build.also, and take export.huggingface for TensorRT-LLM"
+            )
+        if self.deploy and self.deploy.triton:
+            raise ValueError(
+                "export.kv_cache: the Triton repository that is written here keeps no cache between "
+                "requests; set deploy.triton: null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _profiles_fit(self) -> Recipe:
         profiles = self.build.tensorrt.profiles if self.build.tensorrt else ()
         if not (self.build.tensorrt and profiles):
@@ -240,6 +276,18 @@ class Recipe(Section):
                 + (f" at every length from 1 to data.max_length ({longest})" if text else "")
             )
         return self
+
+    def _can_be_handed_over(self) -> None:
+        if self.quantize is None or self.quantize.format not in HANDED_OVER:
+            raise ValueError(
+                f"export.huggingface: the formats that vLLM and TensorRT-LLM read are "
+                f"{', '.join(HANDED_OVER)}; set quantize.format to one of them, or leave it out"
+            )
+        if self.quantize.embeddings:
+            raise ValueError(
+                "export.huggingface: vLLM and TensorRT-LLM have no quantized embedding; set "
+                "quantize.embeddings: false"
+            )
 
     @property
     def compresses(self) -> bool:

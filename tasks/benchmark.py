@@ -37,18 +37,9 @@ def benchmark(
         name: {size: _batch(dataset, engine, size) for size in section.batch_sizes}
         for name, engine in engines.items()
     }
-    lock = FileLock(store.home() / "benchmark.lock")
-    with lock, ExitStack() as stack:
+    with FileLock(store.home() / "benchmark.lock"):
         before = os.getloadavg()[0]
-        sessions = {name: stack.enter_context(opened(engine, threads)) for name, engine in engines.items()}
-        rounds = timing.interleaved(
-            sessions,
-            inputs,
-            rounds=tqdm(range(section.max_rounds or 4 * section.rounds), desc="benchmark", unit="round"),
-            round_ms=section.round_ms,
-            warmup=section.warmup,
-            enough=partial(precise, section),
-        )
+        rounds = _rounds(engines, inputs, section, threads)
         largest = max(section.batch_sizes)
         memory = {
             name: peak_memory.measure(engine, inputs[name][largest], threads)
@@ -102,6 +93,21 @@ def half_width(rounds: Rounds, others: Rounds) -> float:
     ours, theirs = (np.array([np.median(calls) for calls in each]) for each in (rounds, others))
     ratio, (low, high) = statistics.bootstrap_rounds(ours, theirs, 0.95, seed=len(ours))
     return (high - low) / 2 / ratio
+
+
+def _rounds(
+    engines: dict[str, Engine], inputs: timing.Feeds, section: Benchmark, threads: int | None
+) -> timing.Seconds:
+    """Seconds of each call, every engine open at once; all are closed before memory is measured."""
+    with ExitStack() as stack:
+        return timing.interleaved(
+            {name: stack.enter_context(opened(engine, threads)) for name, engine in engines.items()},
+            inputs,
+            rounds=tqdm(range(section.max_rounds or 4 * section.rounds), desc="benchmark", unit="round"),
+            round_ms=section.round_ms,
+            warmup=section.warmup,
+            enough=partial(precise, section),
+        )
 
 
 def _batch(dataset: Dataset, engine: Engine, size: int) -> types.Example:

@@ -78,13 +78,17 @@ def _array(tensor: Any, kind: Any) -> np.ndarray:
 def place(model: onnx.ModelProto, blocks: dict[str, Block]) -> None:
     """Exchange the stored weights of these layers for integers, scales and DequantizeLinear."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    outside = {item.name: item for item in model.graph.input}
     nodes: list[onnx.NodeProto] = []
     for layer, block in blocks.items():
         plain = f"model.{layer}.weight"
-        name = next((name for name in (plain, plain + TURNED) if name in stored), None)
+        name = next((name for name in (plain, plain + TURNED) if name in stored or name in outside), None)
         if name is None:
             raise InputError(f"export: the INT4 weight of {layer} is not in the graph")
-        model.graph.initializer.remove(stored[name])
+        if name in stored:
+            model.graph.initializer.remove(stored[name])
+        else:
+            model.graph.input.remove(outside[name])
         nodes += _dequantized(model, name, block)
     kept = list(model.graph.node)
     del model.graph.node[:]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.build import Build, Precision, Profile, Runtime, TensorRT
-from tasks import batches, store, types
+from tasks import batches, cache, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module, together
 from tasks.engines.common import Built
@@ -83,7 +83,7 @@ def build(
         if installed(runtime) is None:
             built = _only_checked(model, folder, runtime)
         else:
-            samples = batches.samples(dataset, folder / "preprocessor")
+            samples = cache.samples(dataset, folder / "preprocessor", store.path(model.blob))
             built = together.merged(
                 {
                     name: _part(model, name, part, folder, samples, runtime, section)
@@ -104,7 +104,7 @@ def _part(
 ) -> Built:
     """One graph's plan and weights, in the engine's folder."""
     source = store.path(model.blob) / name
-    own = [{key: sample[key] for key in part.INPUTS} for sample in samples]
+    own = [{key: sample[key] for key in part.INPUTS} for sample in samples] if name else samples
     options = _options(runtime, section, part.INPUTS, folder / "preprocessor", own[0])
     if runtime != "onnxruntime" and options["sparse"] is None:
         options["sparse"] = module(runtime).is_sparse(source)

@@ -153,9 +153,7 @@ def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, fact
     import torch
     from safetensors.torch import save_file
 
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
-    }
+    tensors = _apart(model.state_dict())
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
         raise InputError(
@@ -167,6 +165,18 @@ def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, fact
     if mto.ModeloptStateManager.is_converted(model):
         torch.save(mto.modelopt_state(model), folder / STATE)
     return Checkpoint(store.commit(folder), task, identity, facts)
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; only what shares memory with another is copied."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in state.items():
+        alone = tensor.detach().cpu().contiguous()
+        place = alone.untyped_storage().data_ptr()
+        found[name] = alone.clone() if place in taken else alone
+        taken.add(place)
+    return found
 
 
 def restore(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any]]:

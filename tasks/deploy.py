@@ -27,7 +27,7 @@ from tasks import store, triton, types
 from tasks.artifacts import Engine
 from tasks.engines.common import RefitError
 from tasks.errors import InputError
-from tasks.predictor import Predictor
+from tasks.predictor import Predictor, Runner
 from tasks.registry_engine import pack
 from tasks.running import opened
 
@@ -163,9 +163,9 @@ def ask(engine: Engine) -> np.ndarray:
     """What an engine in the store answers to the smoke values."""
     preprocessor = store.path(engine.preprocessor)
     kind = types.load(types.settings(preprocessor)["type"])
-    feed = kind.collate(kind.encode(preprocessor, kind.smoke(preprocessor)))
+    examples = kind.encode(preprocessor, kind.smoke(preprocessor))
     with opened(engine) as session:
-        return types.joined(kind, session.run(feed))
+        return Runner(session, kind)(examples)
 
 
 def _prove(engine: Engine, folder: Path) -> None:

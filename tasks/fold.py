@@ -51,14 +51,15 @@ def quantize_weight(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray, axi
     return folded
 
 
-def name_weights(model: onnx.ModelProto, network: nn.Module) -> None:
+def name_weights(model: onnx.ModelProto, network: nn.Module, most: int | None = None) -> None:
     """Give weights that the tracer renamed (turned around, or behind a mask) their parameter's name.
 
-    They are found by value; one that was `onnx::MatMul_17` and turned is `model.LAYER.weight.T`.
+    They are found by value; one that was `onnx::MatMul_17` and turned is `model.LAYER.weight.T`. Weights
+    of more than `most` bytes are not looked for: they are outside the graph, under their names.
     """
     from onnx import numpy_helper
 
-    known = _weights(network)
+    known = _weights(network, most)
     taken = {tensor.name for tensor in model.graph.initializer}
     names: dict[str, str] = {}
     for tensor in model.graph.initializer:
@@ -73,7 +74,7 @@ def name_weights(model: onnx.ModelProto, network: nn.Module) -> None:
         node.input[:] = [names.get(name, name) for name in node.input]
 
 
-def _weights(network: nn.Module) -> dict[Key, str]:
+def _weights(network: nn.Module, most: int | None) -> dict[Key, str]:
     """The name of every weight by its values, as it is and turned around."""
     known: dict[Key, str] = {}
     for name, module in network.named_modules():
@@ -81,6 +82,8 @@ def _weights(network: nn.Module) -> dict[Key, str]:
         if weight is None or weight.ndim < 2:
             continue
         values = weight.detach().cpu().numpy()
+        if most is not None and values.nbytes > most:
+            continue
         known[_key(values)] = f"model.{name}.weight"
         if values.ndim == 2 and _key(values.T) not in known:
             known[_key(values.T)] = f"model.{name}.weight{TURNED}"

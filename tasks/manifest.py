@@ -37,6 +37,10 @@ class Attempt:
     retrained: Facts | None = None
     """Of a retrain: from which version, refitted or built and why, with the seconds of both."""
     scores: dict[str, Metrics] = field(default_factory=dict)
+    handover: Metrics | None = None
+    """The candidate as a Hugging Face checkpoint, where the recipe asks for one."""
+    pictures: Metrics | None = None
+    """Of a diffusion model: what baseline and candidate make of the same noise."""
     timing: Metrics | None = None
     verdict: Verdict | None = None
     measurements: Metrics | None = None
@@ -63,6 +67,7 @@ def manifest(attempt: Attempt) -> dict[str, Any]:
         "curves": curves(attempt),
         "onnx": {name: asdict(item) for name, item in attempt.onnx.items()},
         "engines": {name: asdict(item) | {"bytes": item.bytes} for name, item in attempt.engines.items()},
+        "handover": asdict(attempt.handover) if attempt.handover else None,
         "metrics": metrics(attempt),
         "timing": asdict(attempt.timing) if attempt.timing else None,
         "verdict": asdict(attempt.verdict) if attempt.verdict else None,

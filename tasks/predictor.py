@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,33 @@ import numpy as np
 
 from tasks import types
 from tasks.engines import open_engine
+from tasks.engines.common import PAST, Session
 from tasks.errors import InputError
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Examples through a session; `step` takes a batch as the engine does, with a cache where it has one."""
+
+    session: Session
+    kind: types.TaskType
+    largest: int | None = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether the engine takes and gives a key/value cache."""
+        return any(name.startswith(PAST) for name in self.session.inputs)
+
+    def __call__(self, examples: Sequence[types.Example]) -> np.ndarray:
+        """The engine's output for these examples, in batches that it takes."""
+        largest = self.largest or len(examples)
+        parts = [examples[start : start + largest] for start in range(0, len(examples), largest)]
+        found = [types.joined(self.kind, self.step(self.kind.collate(part))) for part in parts]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def step(self, feed: types.Example) -> types.Example:
+        """All outputs by name."""
+        return self.session.run(feed)
 
 
 class Predictor:
@@ -29,6 +56,7 @@ class Predictor:
         self.kind = types.load(self.settings["type"])
         runtime, plan = self.about["plan"]["runtime"], plan or folder / "plan"
         self.session = open_engine(runtime, plan, weights if weights.is_dir() else None)
+        self.run = Runner(self.session, self.kind, int(self.about["max_batch"]))
 
     def predict(self, values: Sequence[Any]) -> list[dict[str, Any]]:
         """What the task type answers (`{"label", "score"}`) per value; a bad one is named by its place."""
@@ -43,13 +71,6 @@ class Predictor:
         for start in range(0, len(encoded), largest):
             found += self.kind.answer(self.preprocessor, encoded[start : start + largest], self.run)
         return found
-
-    def run(self, examples: Sequence[types.Example]) -> np.ndarray:
-        """The engine's output for these examples, in batches that it takes."""
-        largest = int(self.about["max_batch"])
-        parts = [examples[start : start + largest] for start in range(0, len(examples), largest)]
-        found = [types.joined(self.kind, self.session.run(self.kind.collate(part))) for part in parts]
-        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def output(self, values: Sequence[Any]) -> np.ndarray:
         """The engine's output for at most one batch of values that were checked."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks import batches, store, types
+from tasks import batches, cache, store, types
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Plan
 from tasks.engines import module, together
 from tasks.engines.common import Built, RefitError
@@ -46,7 +46,7 @@ def refit(model: OnnxModel, checkpoint: Checkpoint, dataset: Dataset, champion: 
     plan = champion.plan
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
-        samples = batches.samples(dataset, folder / "preprocessor")
+        samples = cache.samples(dataset, folder / "preprocessor", store.path(model.blob))
         try:
             made = together.merged(
                 {
@@ -77,7 +77,7 @@ def _part(
     samples: Sequence[types.Example],
 ) -> Built:
     """One graph's new weights, in the engine's folder."""
-    own = [{key: sample[key] for key in part.INPUTS} for sample in samples]
+    own = [{key: sample[key] for key in part.INPUTS} for sample in samples] if name else samples
     (folder / name).mkdir(exist_ok=True)
     made: Built = module(plan.runtime).refit(
         store.path(plan.blob) / name, store.path(model.blob) / name, folder / name, samples=own

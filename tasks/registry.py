@@ -300,6 +300,9 @@ def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
     mlflow.log_artifacts(str(store.path(attempt.checkpoints["candidate"].blob)), "checkpoint")
     if attempt.recipe.qat and attempt.recipe.qat.distill and not attempt.retrained:
         mlflow.log_artifacts(str(store.path(attempt.checkpoints["baseline"].blob)), "teacher")
+    for name, made in (("huggingface", attempt.handover), ("pictures", attempt.pictures)):
+        if made and made.blob:
+            mlflow.log_artifacts(str(store.path(made.blob)), name)
     if attempt.retrained:  # the rest lies with the version that it came from, or can be made again
         return
     for name, model in attempt.onnx.items():

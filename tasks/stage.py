@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -79,6 +80,8 @@ class Stage(Generic[P, T]):
         if reused and not all(store.intact(blob) for blob in _blobs(value)):
             say(f"{self.task.name}: the kept artifact is bad or gone, running again")
             value, reused = self.task.with_options(refresh_cache=True)(*args, **kwargs), False
+        if not reused:
+            gc.collect()  # networks hang in cycles; the next stage needs the memory
         timing = Timing(self.task.name, time.perf_counter() - started, reused)
         timeline.append(timing)
         say(f"{timing.stage}: {'reused' if reused else f'{timing.seconds:.1f} s'}")

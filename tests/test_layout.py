@@ -20,7 +20,16 @@ OWNERS = {
     "mlflow": {"tasks/registry*.py", "tasks/serving.py"},
     "modelopt": {
         f"tasks/{n}.py"
-        for n in ("checkpoints", "load", "sparsify", "calibrate", "trainer", "export", "auto_precision")
+        for n in (
+            "auto_precision",
+            "calibrate",
+            "checkpoints",
+            "export",
+            "handover",
+            "load",
+            "sparsify",
+            "trainer",
+        )
     }
     | {"recipes/int8_checkpoint.py"},  # stands for another team's code
     "onnxruntime": {"tasks/engines/onnxruntime*.py", "tasks/peak_memory.py"},

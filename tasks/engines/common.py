@@ -17,6 +17,9 @@ from tasks.artifacts import Facts, Proved
 Arrays = Mapping[str, np.ndarray]
 Samples = Sequence[Arrays]
 
+PAST, PRESENT = "past_key_values.", "present."
+"""A key/value cache among inputs and outputs: `past_key_values.0.key` comes back as `present.0.key`."""
+
 _STRUCTURAL = {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
 
 

@@ -19,7 +19,7 @@ import onnx
 
 from tasks.artifacts import Facts
 from tasks.engines.common import Arrays, Built, RefitError, Samples, graph_digest, model_file
-from tasks.engines.lowering import Steps, lower, requantize
+from tasks.engines.lowering import Steps, lower, requantize, tensors
 from tasks.engines.lowering.split import PLAN, PLAN_INDEX, WEIGHTS, WEIGHTS_INDEX, load, sha256, split, table
 from tasks.engines.onnxruntime_parity import CEILINGS, agrees, limits, parity, reference
 from tasks.engines.onnxruntime_proof import proof
@@ -71,11 +71,19 @@ def build(
     ONNX Runtime at hand the result is only `checked`.
     """
     assert samples, "parity needs at least one sample"
-    began = time.perf_counter()
     source = load(model_file(model))
+    with tensors.scratch(folder, source):
+        if provider != "cpu":
+            return _for_provider(source, graph_digest(source), folder, provider, samples)
+        return _for_cpu(source, model, folder, samples, threads)
+
+
+def _for_cpu(
+    source: onnx.ModelProto, model: Path, folder: Path, samples: Samples, threads: int | None
+) -> Built:
+    """Plan and weights as lowered as the outputs allow; `model` is for the error."""
+    began = time.perf_counter()
     digest = graph_digest(source)
-    if provider != "cpu":
-        return _for_provider(source, digest, folder, provider, samples)
     wanted, changes, goal, facts = _requantized(source, samples, threads)
     tried: list[Facts] = []
     for lowered, steps, done in ((*lower(wanted), True), (wanted, [], False)):
@@ -95,9 +103,16 @@ def build(
 def refit(plan: Path, model: Path, folder: Path, *, samples: Samples, threads: int | None = None) -> Built:
     """Write `folder/weights` for an existing plan; RefitError when that is not certain to be right."""
     assert samples, "parity needs at least one sample"
+    source = load(model_file(model))
+    with tensors.scratch(folder, source):
+        return _refit(plan, source, model, folder, samples, threads)
+
+
+def _refit(
+    plan: Path, source: onnx.ModelProto, model: Path, folder: Path, samples: Samples, threads: int | None
+) -> Built:
     began = time.perf_counter()
     index = check_plan(plan)
-    source = load(model_file(model))
     digest = graph_digest(source)
     if digest != index["graph"]:
         raise RefitError(f"{model} has another graph ({digest}) than {plan} ({index['graph']})")
@@ -179,9 +194,9 @@ def model_table(plan: Path) -> dict[str, list[object]]:
     return table(onnx.load(plan / PLAN, load_external_data=False))
 
 
-def _index_weights(tensors: dict[str, list[object]], plan: Path, weights: Path) -> None:
+def _index_weights(held: dict[str, list[object]], plan: Path, weights: Path) -> None:
     sums = {"plan": sha256(plan / PLAN), "sha256": sha256(weights / WEIGHTS)}
-    _dump(weights / WEIGHTS_INDEX, {**sums, "tensors": tensors})
+    _dump(weights / WEIGHTS_INDEX, {**sums, "tensors": held})
 
 
 def _trial(plan: Path, weights: Path, level: str, goal: Goal) -> Facts:
@@ -199,13 +214,13 @@ def _same_plan(model: onnx.ModelProto, plan: Path, weights: Path) -> None:
     """Write the weights, and raise unless the graph without them is the plan, byte for byte."""
     with tempfile.TemporaryDirectory() as name:
         split(model, Path(name), weights)
-        tensors = model_table(Path(name))
-        problem = table_problem(model_table(plan), tensors)
+        found = model_table(Path(name))
+        problem = table_problem(model_table(plan), found)
         if not problem and sha256(Path(name) / PLAN) != sha256(plan / PLAN):
             problem = "a value that the plan holds itself (an attribute or a shape) is another one"
     if problem:
         raise RefitError(f"{plan} cannot take these weights: {problem}")
-    _index_weights(tensors, plan, weights)
+    _index_weights(found, plan, weights)
 
 
 def _first_difference(index: Facts, changes: Steps, steps: Steps) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from tasks.artifacts import Facts
 from tasks.engines.common import Arrays, Samples
+from tasks.engines.lowering import tensors
 from tasks.engines.lowering.split import PLAN, split
 from tasks.engines.onnxruntime_session import start
 
@@ -51,7 +52,7 @@ def agrees(errors: dict[str, float], limits: dict[str, float]) -> bool:
 
 def reference(model: onnx.ModelProto, samples: Samples, threads: int | None) -> list[dict[str, np.ndarray]]:
     """What the graph says: its outputs without any optimization."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=tensors.place()) as name:
         split(model, Path(name), Path(name))
         with start(Path(name) / PLAN, Path(name), level="disabled", threads=threads) as session:
             return [session.run(sample) for sample in samples]
@@ -71,13 +72,16 @@ def limits(
 def _shaken(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     """The model with one part in a million added to or taken from every float weight."""
     random = np.random.default_rng(seed)
+
+    def shake(values: np.ndarray) -> np.ndarray:
+        signs = random.choice(np.array([-1, 1], np.float32), values.shape)
+        return np.asarray(values * (1 + np.float32(NOISE) * signs))
+
     shaken = onnx.ModelProto()
     shaken.CopyFrom(model)
     for tensor in shaken.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims):
-            values = numpy_helper.to_array(tensor)
-            signs = random.choice(np.array([-1, 1], np.float32), values.shape)
-            tensor.CopyFrom(numpy_helper.from_array(values * (1 + np.float32(NOISE) * signs), tensor.name))
+            tensor.CopyFrom(tensors.changed(tensor, shake))
     return shaken
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from tasks.engines.lowering.split import PLAN, WEIGHTS
+from tasks.engines.lowering import tensors
+from tasks.engines.lowering.split import PLAN, WEIGHTS, split
 from tasks.engines.lowering.split import load as load_model
 from tasks.engines.onnxruntime_session import OrtSession, check_plan, check_weights, start
 
@@ -42,9 +43,12 @@ def counting(plan: Path, weights: Path | None) -> Iterator[OrtSession]:
         model = load_model(plan / PLAN)
     count(model, _values(model, weights))
     with tempfile.TemporaryDirectory() as name:
-        file = Path(name) / PLAN
-        onnx.save(model, file)
-        with start(file, weights, level=level) as session:
+        folder = Path(name)
+        if weights is None:
+            split(model, folder, folder)
+        else:
+            onnx.save(model, folder / PLAN)
+        with start(folder / PLAN, weights or folder, level=level) as session:
             yield session
 
 
@@ -111,10 +115,10 @@ def _values(model: onnx.ModelProto, weights: Path | None) -> dict[str, int]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted = {_zero_point(node, stored) for node in model.graph.node}
     found = {
-        tensor.name: int(onnx.numpy_helper.to_array(tensor).ravel()[0])
+        tensor.name: int(tensors.array(tensor).ravel()[0])
         for tensor in model.graph.initializer
         if tensor.name in wanted
-        and tensor.data_location != TensorProto.EXTERNAL
+        and not tensors.outside(tensor)
         and tensor.data_type in (TensorProto.INT8, TensorProto.UINT8)
     }
     if weights is not None:

@@ -16,7 +16,7 @@ import onnx
 
 from tasks.artifacts import Facts
 from tasks.engines import onnxruntime_providers as providers
-from tasks.engines.common import Arrays
+from tasks.engines.common import PAST, Arrays
 from tasks.engines.lowering.split import PLAN, PLAN_INDEX, WEIGHTS, WEIGHTS_INDEX, sha256, table
 from tasks.errors import InputError
 
@@ -58,12 +58,22 @@ class OrtSession:
         self.outputs = [o.name for o in session.get_outputs()]
 
     def run(self, feed: Arrays) -> dict[str, np.ndarray]:
-        """All outputs by name; InputError when the inputs do not fit the graph."""
+        """All outputs by name; a key/value cache that is not fed is an empty one.
+
+        Raises InputError when the inputs do not fit the graph.
+        """
         try:
-            return dict(zip(self.outputs, self.raw.run(self.outputs, dict(feed)), strict=True))
+            whole = {**self._empty_past(feed), **feed}
+            return dict(zip(self.outputs, self.raw.run(self.outputs, whole), strict=True))
         except Exception as error:  # onnxruntime's exception classes share no public base
             shapes = {name: array.shape for name, array in feed.items()}
             raise InputError(f"the engine takes {self.inputs} and cannot run on {shapes}: {error}") from error
+
+    def _empty_past(self, feed: Arrays) -> dict[str, np.ndarray]:
+        missing = [name for name in self.inputs if name.startswith(PAST) and name not in feed]
+        rows = len(next(iter(feed.values()))) if missing else 0
+        shapes = {name: [size or 0 for size in self.inputs[name][1][1:]] for name in missing}
+        return {name: np.zeros((rows, *shape), self.inputs[name][0]) for name, shape in shapes.items()}
 
     def to_device(self, feed: Arrays, device: str = "cuda") -> dict[str, Any]:
         """The inputs copied to a device once, as OrtValues for `run_on_device`."""

@@ -32,7 +32,7 @@ class Graph(NamedTuple):
 
 
 class TaskType(Protocol):
-    """What each file in this folder offers."""
+    """What each file here offers; a language model also has `generate`, a diffusion model `pictures`."""
 
     COLUMN: str
     """The key of `data` that says where the inputs are, and the column they are kept in: text or image."""

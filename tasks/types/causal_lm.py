@@ -1,4 +1,4 @@
-"""Text in, the next tokens out: logits of shape (batch, length, vocabulary), exported without a cache.
+"""Text in, the next tokens out: logits of shape (batch, length, vocabulary), with or without a cache.
 
 There are no labels: the text is its own reference. A row is the loss of each token after the first.
 """
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks import types
+from tasks.engines.common import PAST, PRESENT
 from tasks.types import Example, Run
 from tasks.types.texts import *  # noqa: F403
+from tasks.types.texts import collate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,14 +95,43 @@ def answer(folder: Path, examples: Sequence[Example], run: Run) -> list[dict[str
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [
+        {"text": tokenizer.decode(ids.tolist()), **types.truncated(example)}
+        for ids, example in zip(generate(examples, run), examples, strict=True)
+    ]
+
+
+def generate(examples: Sequence[Example], run: Any, count: int = NEW_TOKENS) -> list[np.ndarray]:
+    """The likeliest next `count` tokens of each text, by an engine with a cache (`run.step`) or without."""
+    return (
+        _step_by_step(examples, run, count) if getattr(run, "cached", False) else _anew(examples, run, count)
+    )
+
+
+def _anew(examples: Sequence[Example], run: Run, count: int) -> list[np.ndarray]:
+    """Each text is read whole for every token."""
     texts = [example["input_ids"] for example in examples]
-    starts = [len(ids) for ids in texts]
-    for _ in range(NEW_TOKENS):
+    for _ in range(count):
         logits = run([{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in texts])
         texts = [
             np.append(ids, found[len(ids) - 1].argmax()) for ids, found in zip(texts, logits, strict=True)
         ]
-    return [
-        {"text": tokenizer.decode(ids[start:].tolist()), **types.truncated(example)}
-        for ids, start, example in zip(texts, starts, examples, strict=True)
-    ]
+    return [ids[-count:] for ids in texts]
+
+
+def _step_by_step(examples: Sequence[Example], run: Any, count: int) -> list[np.ndarray]:
+    """Each text is read once, then token by token; shorter ones keep their padding, masked, in the middle."""
+    feed = collate(examples)
+    last = feed["attention_mask"].sum(axis=1) - 1
+    tokens: list[np.ndarray] = []
+    while True:
+        found = run.step(feed)
+        logits = found["logits"]
+        tokens.append(logits[np.arange(len(logits)), last].argmax(axis=-1))
+        if len(tokens) == count:
+            return list(np.stack(tokens, axis=1))
+        past = {PAST + n.removeprefix(PRESENT): a for n, a in found.items() if n.startswith(PRESENT)}
+        new = tokens[-1][:, None]
+        mask = np.concatenate([feed["attention_mask"], np.ones_like(new)], axis=1)
+        feed = {"input_ids": new, "attention_mask": mask, **past}
+        last = np.zeros(len(new), np.int64)

@@ -39,6 +39,14 @@ def served(name: str) -> tuple[Any, Callable[[Any], tuple[int, Any]]]:
     return model, post
 
 
+def logged(outcome: Outcome, name: str) -> Path:
+    """An artifact of the run, fetched from MLflow."""
+    from mlflow.artifacts import download_artifacts
+
+    registry.client()
+    return Path(download_artifacts(f"runs:/{outcome.version.run_id}/{name}"))
+
+
 @pytest.fixture(scope="module")
 def embedding(embedding_recipe: Path, optimize: Optimize) -> Outcome:
     return optimize(str(embedding_recipe))
@@ -147,8 +155,14 @@ def test_the_example_of_a_model_of_your_own_is_promoted_and_answers(
 
 
 def test_a_language_model_is_judged_by_perplexity_and_goes_on(lm_recipe: Path, optimize: Optimize) -> None:
-    outcome = optimize(str(lm_recipe))
+    """With a key/value cache, and the checkpoint for other runtimes beside it."""
+    more = ("export.kv_cache=true", "export.huggingface=true", "deploy.triton=null")
+    outcome = optimize(str(lm_recipe), *more)
     assert outcome.verdict == "promoted", outcome.reasons
+    assert outcome.metrics["candidate_greedy_agreement"] > 0.5
+    folder = logged(outcome, "huggingface")
+    told = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert told["quant_algo"] == "W8A8_SQ_PER_CHANNEL"
     assert 1 < outcome.metrics["baseline_perplexity"] < 30  # of 256 bytes
     model, post = served("tiny-lm")
     told = model.predict(["the plot was", "good " * 20])
@@ -157,3 +171,26 @@ def test_a_language_model_is_judged_by_perplexity_and_goes_on(lm_recipe: Path, o
     assert post(["the plot was"])[1]["predictions"][0]["text"] == told[0]["text"]
     with pytest.raises(InputError, match="input 0: the text is empty"):
         model.predict([" "])
+
+
+def test_a_diffusion_model_draws_what_its_baseline_does(optimize: Optimize) -> None:
+    from PIL import Image
+
+    outcome = optimize(
+        "digits-dit-int8-ptq", "data.split={train: 128, calibration: 64, test: 64}", "gate.on_coarse=warn"
+    )
+    assert outcome.verdict == "promoted", outcome.reasons
+    assert outcome.metrics["candidate_cosine"] > 0.99
+    assert outcome.metrics["candidate_picture_error"] < 0.1
+    with Image.open(logged(outcome, "pictures") / "pair.png") as pair:
+        assert pair.size == (600, 196)
+    model, post = served("digits-dit")
+    noise = np.random.default_rng(0).normal(0.5, 0.5, (2, 1, 8, 8)).astype(np.float32) * 16
+    told = model.predict(noise)
+    assert [len(row["image"]) for row in told] == [64, 64]
+    np.testing.assert_allclose(
+        post(noise.tolist())[1]["predictions"][1]["image"], told[1]["image"], atol=1e-3
+    )
+    noise[1, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="input 1: the image is empty or holds values that are not finite"):
+        model.predict(noise)

@@ -47,6 +47,7 @@ def test_every_type_offers_every_name_and_agrees_with_the_schema(task: str) -> N
         ("causal-lm", "perplexity", "accuracy", "takes a label; causal-lm gives loss"),
         ("image-text", "image-to-text@1", "recall@1", "takes a vector; image-text gives pair"),
         ("image-text", "text-to-image@5", "accuracy", "takes a label; image-text gives pair"),
+        ("diffusion", "cosine", "perplexity", "takes a loss; diffusion gives vector"),
     ],
 )
 def test_a_metric_must_fit_the_type(task: str, good: str, bad: str, words: str) -> None:

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from tasks.engines.lowering.graph import Graph, attribute
+from tasks.engines.lowering.tensors import blocks
 
 LARGE = 1 << 20  # a table of fewer values is not worth an error
 
@@ -33,8 +34,7 @@ def quantize_embeddings(graph: Graph) -> list[dict[str, str]]:
             continue
         if attribute(node, "axis", 0) or len(graph.consumers(node.input[0])) > 1:
             continue
-        scale = (np.maximum(np.abs(table).max(axis=1), np.finfo(np.float32).tiny) / 127).astype(np.float32)
-        values = np.rint(table / scale[:, None]).astype(np.int8)
+        scale, values = _symmetric(table)
         name = node.input[0]
         pair = [graph.constant(f"{name}.i8", values), graph.constant(f"{name}.scale", scale)]
         dequantize = helper.make_node("DequantizeLinear", pair, [f"{name}.f32"], axis=0)
@@ -44,6 +44,18 @@ def quantize_embeddings(graph: Graph) -> list[dict[str, str]]:
         graph.replace([node], [dequantize, new])
         done.append({"transform": "quantize_embedding", "node": node.output[0], "weight": name})
     return done
+
+
+def _symmetric(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A scale for each row, and the row's values in INT8."""
+    largest = np.concatenate([np.abs(rows).max(axis=1) for rows in blocks(table)])
+    scale = (np.maximum(largest, np.finfo(np.float32).tiny) / 127).astype(np.float32)
+    values = np.empty(table.shape, np.int8)
+    start = 0
+    for rows in blocks(table):
+        part = slice(start, start := start + len(rows))
+        values[part] = np.rint(rows / scale[part, None])
+    return scale, values
 
 
 def _rows(graph: Graph, source: onnx.NodeProto, table: np.ndarray) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
+
+from tasks.engines.lowering import tensors
 
 MICROSOFT = "com.microsoft"
 ALIASED_PAST = 1 << 16  # bytes
@@ -41,7 +43,7 @@ class Graph:
             if source is None or name in self.outputs:
                 continue
             self.remove(node)
-            if source.ByteSize() > ALIASED_PAST:
+            if tensors.size(source) > ALIASED_PAST:
                 self.rename(name, node.input[0])
             else:
                 self.tensors[name] = _named(source, name)
@@ -110,13 +112,13 @@ class Graph:
     def array(self, name: str) -> np.ndarray | None:
         """A constant's value, None for what is computed."""
         tensor = self.tensors.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        return None if tensor is None else tensors.array(tensor)
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """Add an initializer (or meet an equal one of that name) and give its name."""
         if name in self.tensors:
-            assert np.array_equal(numpy_helper.to_array(self.tensors[name]), value), name
-        self.tensors[name] = numpy_helper.from_array(np.array(value, order="C"), name)
+            assert np.array_equal(tensors.array(self.tensors[name]), value), name
+        self.tensors[name] = tensors.made(value, name)
         return name
 
     def raise_opset(self, version: int) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import onnx
 from onnx import TensorProto
-from onnx.external_data_helper import load_external_data_for_model
+
+from tasks.engines.lowering import tensors
+from tasks.engines.lowering.tensors import STRUCTURE
 
 PLAN, PLAN_INDEX = "model.onnx", "plan.json"
 WEIGHTS, WEIGHTS_INDEX = "weights.safetensors", "weights.json"
-STRUCTURE = {TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING}  # axes, shapes, masks: never trained
 _NAMES: dict[int, str] = {
     TensorProto.FLOAT: "F32",
     TensorProto.FLOAT16: "F16",
@@ -30,23 +31,25 @@ Table = dict[str, list[Any]]
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """A model with all its tensors in memory."""
+    """A model; large values that lie beside it stay there (`tensors`)."""
     model = onnx.load(path, load_external_data=False)
-    load_external_data_for_model(model, str(path.parent))
+    for tensor in model.graph.initializer:
+        if tensors.outside(tensor):
+            tensors.take_in(tensor, path.parent)
     return model
 
 
 def split(model: onnx.ModelProto, plan: Path, weights: Path) -> None:
     """Write `plan/model.onnx` with stubs and `weights/weights.safetensors`; the plan holds no value."""
     trained = [t for t in model.graph.initializer if t.data_type not in STRUCTURE]
-    data = {tensor.name: _raw(tensor) for tensor in trained}
     trained.sort(key=lambda t: (-_item_size(t), t.name))  # wide types first keeps every tensor aligned
-    header, places = _header(trained, data)
+    header, places = _header(trained)
     weights.mkdir(parents=True, exist_ok=True)
     with (weights / WEIGHTS).open("wb") as file:
         file.write(header)
         for tensor in trained:
-            file.write(data[tensor.name])
+            for piece in tensors.pieces(tensor):
+                file.write(piece)
     stripped = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     stripped.graph.CopyFrom(_stub_graph(model.graph, places, len(header)))
     plan.mkdir(parents=True, exist_ok=True)
@@ -68,27 +71,20 @@ def sha256(path: Path) -> str:
 
 
 def _stubs(model: onnx.ModelProto) -> list[TensorProto]:
-    return [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
-
-
-def _raw(tensor: TensorProto) -> bytes:
-    if tensor.HasField("raw_data"):
-        return tensor.raw_data
-    again = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor))
-    return again.raw_data
+    return [t for t in model.graph.initializer if tensors.outside(t)]
 
 
 def _item_size(tensor: TensorProto) -> int:
     return int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
-def _header(tensors: list[TensorProto], data: dict[str, bytes]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _header(trained: list[TensorProto]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Safetensors' header, padded so that the data is aligned, and each tensor's place in the data."""
     entries: dict[str, Any] = {}
     places: dict[str, tuple[int, int]] = {}
     start = 0
-    for tensor in tensors:
-        size = len(data[tensor.name])
+    for tensor in trained:
+        size = tensors.size(tensor)
         known = tensor.data_type in _NAMES
         shape = list(tensor.dims) if known else [size]  # 4-bit types travel packed, as bytes
         kind = _NAMES.get(tensor.data_type, "U8")
@@ -108,7 +104,5 @@ def _stub_graph(graph: onnx.GraphProto, places: dict[str, tuple[int, int]], base
             continue
         start, size = places[tensor.name]
         entry = stub.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        entry.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", WEIGHTS), ("offset", base + start), ("length", size)):
-            entry.external_data.add(key=key, value=str(value))
+        tensors.refer(entry, WEIGHTS, base + start, size)
     return stub
