@@ -176,6 +176,10 @@ class Recipe(Section):
                 f"task {self.task} is not trained here, the weights are model.source's; remove "
                 + ", ".join(given)
             )
+        if self.quantize and self.quantize.effective_bits and not needs.trains:
+            raise ValueError(
+                f"quantize.effective_bits: task {self.task} has no loss to score layers with; leave it out"
+            )
         if self.task == "diffusion" and not self.model.source.startswith(("python:", "modelopt:")):
             raise ValueError(
                 "task diffusion needs a network of your own: model.source python:MODULE:FUNCTION"

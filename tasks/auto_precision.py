@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from recipes.compress import Quantize
 from tasks import batches, checkpoints, types, upstream
 from tasks.artifacts import Checkpoint, Dataset
-from tasks.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,19 +35,12 @@ def choose(
     searched: dict[str, nn.Module],
     formats: Formats,
 ) -> Choice:
-    """Search with the calibration rows and their labels; the network of `checkpoint` is not touched.
-
-    Raises InputError where the task type has no loss.
-    """
+    """Search with the calibration rows and their labels; the network of `checkpoint` is not touched."""
     with checkpoints.quiet():
         import modelopt.torch.quantization as mtq
     import torch
 
     kind = types.load(dataset.type)
-    if not hasattr(kind, "loss"):
-        raise InputError(
-            f"quantize.effective_bits: {dataset.type} has no loss to score layers with; leave it out"
-        )
     model, config = checkpoints.restore(checkpoint)
     dense = checkpoints.plain(model, config, dataset.type).to(checkpoints.device())
     rows = _rows(checkpoint, dataset, section.batch_size)
