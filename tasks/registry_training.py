@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TRAINING = f"{EXPERIMENT}-training"
+AT_ONCE = 1000  # metrics that MLflow takes in a request
 
 
 class Live:
@@ -58,8 +59,11 @@ class Live:
 
     def close(self) -> None:
         """What has not ended now, failed."""
-        for run in self.runs.values():
-            client().set_terminated(run, "FAILED")
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException, OSError):  # the flow's own error is the one to tell
+            for run in self.runs.values():
+                client().set_terminated(run, "FAILED")
 
 
 @contextmanager
@@ -78,23 +82,28 @@ def live(recipe: str) -> Iterator[None]:
 def log_curves(attempt: Attempt, scratch: Path) -> None:
     """Every curve, whether the training ran now or before; the picture where there is one to compare."""
     import mlflow
+    from mlflow.entities import Metric
 
-    found = curves(attempt)
+    found, now = curves(attempt), int(time.time() * 1000)
+    run = mlflow.active_run()
+    assert run is not None
     for name, curve in found.items():
-        for point in curve:
-            values = {f"{name}_{key}": value for key, value in point.items() if key != "step"}
-            mlflow.log_metrics(values, step=int(point["step"]))
+        losses = [(key, p["step"], value) for p in curve for key, value in p.items() if key != "step"]
+        points = [Metric(f"{name}_{key}", value, now, int(step)) for key, step, value in losses]
+        for start in range(0, len(points), AT_ONCE):
+            client().log_batch(run.info.run_id, metrics=points[start : start + AT_ONCE])
     if attempt.controls:
         plot(found, described(attempt.checkpoints["candidate"]), scratch / "curves.png", attempt.recipe.name)
         mlflow.log_artifact(str(scratch / "curves.png"), "training")
 
 
 def _run(mlflow: MlflowClient, key: str, what: str, recipe: str) -> tuple[str, dict[str, int]]:
-    """The training's run (that of a killed one, if there is) and the last step it knows of each loss."""
+    """The training's run (that of one that did not end, if there is), and its last step of each loss."""
     place = experiment_id(TRAINING)
-    known = mlflow.search_runs([place], f"tags.training = '{key}' and attributes.status = 'RUNNING'")
+    known = mlflow.search_runs([place], f"tags.training = '{key}' and attributes.status != 'FINISHED'")
     if known:
         run = str(known[0].info.run_id)
+        mlflow.update_run(run, status="RUNNING")
         losses = {name: mlflow.get_metric_history(run, name) for name in known[0].data.metrics}
         return run, {name: max(point.step for point in history) for name, history in losses.items()}
     tags = {"training": key, "recipe": recipe, "what": what}

@@ -14,7 +14,7 @@ from tasks import registry
 if TYPE_CHECKING:
     from flows.judge import Outcome
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 OVERRIDES = [
     "model.name=compared",
     "compare_dense=true",

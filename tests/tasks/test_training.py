@@ -332,3 +332,35 @@ def test_upstream_kdtrainer_drops_a_classifier_s_last_row() -> None:
         return float(KDTrainer._standard_kd_loss(trainer, found, torch.zeros(4, dtype=torch.long)))
 
     assert loss(0.0) == loss(100.0)
+
+
+def test_a_training_that_goes_on_keeps_its_run_in_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import registry
+    from tasks.registry_training import live
+
+    def losses(run: Any) -> dict[int, float]:
+        history = registry.client().get_metric_history(run.info.run_id, "loss")
+        assert len(history) == len({point.step for point in history})
+        return {point.step: point.value for point in history}
+
+    with pytest.raises(KeyboardInterrupt), live("on and off"):
+        for step in (1, 2, 3):
+            stage.tell("a key", "2:4", step, {"loss": 1 / step})
+        raise KeyboardInterrupt
+    place = registry.client().get_experiment_by_name("enginehouse-training").experiment_id
+    (run,) = registry.client().search_runs([place], "tags.training = 'a key'")
+    assert run.info.status == "FAILED"
+    with live("on and off"):
+        for step in (2, 3, 4):
+            stage.tell("a key", "2:4", step, {"loss": 1 / step})
+        assert registry.client().get_run(run.info.run_id).info.status == "RUNNING"
+        stage.tell("a key", "2:4", 4, {})
+    (run,) = registry.client().search_runs([place], "tags.training = 'a key'")
+    assert run.info.status == "FINISHED"
+    assert losses(run) == {step: 1 / step for step in (1, 2, 3, 4)}
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with live("nobody answers"):
+        stage.tell("another key", "2:4", 1, {"loss": 1.0})
+        assert not stage.listeners
