@@ -48,8 +48,7 @@ COLUMNS = ("network", "perplexity", "engine bytes", "proved", "greedy", "Hugging
 
 def main() -> None:
     """The table, then the ratios."""
-    name, *overrides = sys.argv[1:] or ["bytes-llama-int8-ptq"]
-    recipe = recipes.load(name, overrides)
+    recipe = recipes.load(sys.argv[1] if len(sys.argv) > 1 else "bytes-llama-int8-ptq", sys.argv[2:])
     assert recipe.finetune is not None
     store.prepare()
     found = fingerprint(recipe.model.source, recipe.model.revision)
