@@ -171,8 +171,8 @@ def test_a_2_4_weight_that_is_lost_is_named(text: Any, monkeypatch: pytest.Monke
     pruned = sparsify.fn(text.checkpoint, text.dataset, Sparsify(exclude=("classifier",)))
     fold = export_module.name_weights
 
-    def and_fill_one(graph: onnx.ModelProto, network: Any) -> None:
-        fold(graph, network)
+    def and_fill_one(graph: onnx.ModelProto, network: Any, *rest: Any) -> None:
+        fold(graph, network, *rest)
         for tensor in graph.graph.initializer:
             values = numpy_helper.to_array(tensor)
             if tensor.name == "model.bert.pooler.dense.weight":
