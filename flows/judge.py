@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from flows.promote import agree
 from recipes import Recipe
-from tasks import lineage, registry, types
+from tasks import lineage, registry, registry_run, types
 from tasks.agreement import agreement
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel, Version
 from tasks.benchmark import benchmark
@@ -173,7 +173,7 @@ def unchanged(attempt: Attempt, champion: registry.Champion) -> Outcome:
 def log_failure(recipe: Recipe, error: Exception) -> None:
     """A run that ended in an error is logged, too."""
     try:
-        registry.record_failure(recipe.model_dump(mode="json"), error)
+        registry_run.record_failure(recipe.model_dump(mode="json"), error)
     except Exception as second:  # the first error is the one to tell
         say(f"the failed run could not be logged: {second}")
 

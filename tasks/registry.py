@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +21,11 @@ from recipes.schema import Recipe
 from tasks import ledger, store
 from tasks.artifacts import Engine, Version
 from tasks.errors import InputError
-from tasks.manifest import Attempt, manifest, metrics
-from tasks.measurements import measurements_from_json
+from tasks.manifest import Attempt, manifest
 from tasks.previous import held_out
 from tasks.registry_alias import CHAMPION, GONE, aliased, client, promote
-from tasks.registry_engine import fetch, log_model, pack, plan_address, run, shared, unpack
-from tasks.registry_training import log_curves
-from tasks.report import report
+from tasks.registry_engine import fetch, log_model, plan_address, run, shared, unpack
+from tasks.registry_run import log
 from tasks.running import labels
 from tasks.stage import NETWORK
 
@@ -129,7 +126,7 @@ def register(attempt: Attempt, gate: str, reason: str) -> Version:
     content, address = manifest(attempt), plan_address(attempt.engines["candidate"])
     content["held_out"] = _held_out(attempt)
     with run(attempt.recipe.name) as made, tempfile.TemporaryDirectory() as scratch:
-        _log(attempt, content, Path(scratch))
+        log(attempt, content, Path(scratch))
         uri = log_model(attempt, Path(scratch), address)
         tags = {
             "gate": gate,
@@ -270,61 +267,11 @@ def tag(run_id: str, tags: dict[str, str]) -> None:
         client().set_tag(run_id, name, value)
 
 
-def record_failure(recipe: dict[str, Any], error: BaseException) -> str:
-    """Log a run that ended in an error; nothing is registered. Returns the run's id."""
-    import mlflow
-
-    client()
-    with run(str(recipe.get("name")), status="FAILED") as made:
-        mlflow.log_text(yaml.safe_dump(recipe, sort_keys=False), "recipe.yaml")
-        mlflow.log_text(f"{type(error).__name__}: {error}\n", "error.txt")
-        mlflow.set_tags({"recipe": recipe.get("name"), "error": str(error)[:4000]})
-    return str(made.info.run_id)
-
-
-def _log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
-    import mlflow
-
-    mlflow.log_params(_flat(attempt.recipe.model_dump(mode="json")))
-    mlflow.log_metrics(_flat(metrics(attempt)))
-    mlflow.log_metrics(
-        {f"seconds_{t.stage.replace(' ', '_')}_{k}": t.seconds for k, t in enumerate(attempt.timeline)}
-    )
-    log_curves(attempt, scratch)
-    mlflow.log_text(yaml.safe_dump(attempt.recipe.model_dump(mode="json"), sort_keys=False), "recipe.yaml")
-    mlflow.log_dict(content, "manifest.json")
-    if attempt.measurements and attempt.measurements.blob:
-        mlflow.log_artifacts(str(store.path(attempt.measurements.blob)), "gate")
-        _report(attempt, store.path(attempt.measurements.blob), scratch / "report")
-        mlflow.log_artifacts(str(scratch / "report"), "gate")
-    mlflow.log_artifacts(str(store.path(attempt.checkpoints["candidate"].blob)), "checkpoint")
-    if attempt.recipe.qat and attempt.recipe.qat.distill and not attempt.retrained:
-        mlflow.log_artifacts(str(store.path(attempt.checkpoints["baseline"].blob)), "teacher")
-    for name, made in (("huggingface", attempt.handover), ("pictures", attempt.pictures)):
-        if made and made.blob:
-            mlflow.log_artifacts(str(store.path(made.blob)), name)
-    if attempt.retrained:  # the rest lies with the version that it came from, or can be made again
-        return
-    for name, model in attempt.onnx.items():
-        mlflow.log_artifacts(str(store.path(model.blob)), f"onnx/{name}")
-    for name, engine in attempt.engines.items():
-        if name != "candidate":
-            pack(engine, attempt.recipe.build.max_batch, scratch / name)
-            mlflow.log_artifacts(str(scratch / name), f"engines/{name}")
-
-
 def _held_out(attempt: Attempt) -> dict[str, Any]:
     """Where test and calibration rows are kept, once for all versions that share them."""
     blob = held_out(attempt.dataset)
     tags = {"source": str(attempt.dataset.facts.get("source"))}
     return {**asdict(blob), "address": shared(blob, "row", f"rows {blob.sha256[:12]}", tags)}
-
-
-def _report(attempt: Attempt, judged: Path, folder: Path) -> None:
-    assert attempt.verdict is not None
-    folder.mkdir()
-    found = measurements_from_json((judged / "measurements.json").read_bytes())
-    report(attempt.verdict, found, attempt.recipe.gate, folder, attempt.recipe.name)
 
 
 def _create_version(
@@ -387,13 +334,3 @@ def manifest_file(run_id: str) -> Path:
         place.parent.mkdir(exist_ok=True)
         place.write_text(mlflow.artifacts.load_text(f"runs:/{run_id}/manifest.json"))
     return place
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            flat[re.sub(r"[^\w./ -]", "_", f"{prefix}{name}")] = value
-    return flat
