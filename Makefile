@@ -16,9 +16,10 @@ fashion: $(VENV)/.ready
 	$(PIP) --no-deps -r requirements-fashion.lock
 	$(BIN)/python -m recipes.fashion_mnist $(FASHION) .data/fashion-mnist
 
-# Two processes, a file of tests at a time; one thread each, or PyTorch's would wait for each other.
+# Two processes, a file of tests at a time, the slow ones (flows, infra) first; one thread each, or PyTorch's
+# would wait for each other.
 test: $(VENV)/.ready $(HUTTO)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 long: $(VENV)/.ready $(HUTTO)
 	$(BIN)/python -m pytest -q -m long

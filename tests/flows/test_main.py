@@ -67,16 +67,21 @@ def test_a_mistake_in_the_recipe_is_told_with_the_way_out() -> None:
     ("override", "words"),
     [
         ("data.source=path:/no/such/file.csv", "no such file or folder"),
-        ("data.label=class", "no column 'class'"),
-        ('data.labels=["0", "1"]', "unknown label"),
         ("gate.metric=acuracy", "accuracy"),
-        ("gate.metric=perplexity", "image-classification gives label and probability"),
-        ("gate.metric=precision", "cannot judge 10 classes"),
-        ("gate.max_drop=2", "2 points are 0.02"),
-        ("gate.max_forgetting=2", "2 points are 0.02"),
         ("quantize.exclude=[net.1]", "'net.1' matches no module"),
-        ("data.image.shape=[3, 8, 8]", "needs 192 columns"),
-        ("model.source=python:recipes.digits_cnn:none", "cannot be imported"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("data.label=class", "no column 'class'"),
+                ('data.labels=["0", "1"]', "unknown label"),
+                ("gate.metric=perplexity", "image-classification gives label and probability"),
+                ("gate.metric=precision", "cannot judge 10 classes"),
+                ("gate.max_drop=2", "2 points are 0.02"),
+                ("gate.max_forgetting=2", "2 points are 0.02"),
+                ("data.image.shape=[3, 8, 8]", "needs 192 columns"),
+                ("model.source=python:recipes.digits_cnn:none", "cannot be imported"),
+            )
+        ),
     ],
 )
 @pytest.mark.slow

@@ -28,7 +28,8 @@ def options(case: Case, **section: Any) -> dict[str, Any]:
     found = Build(runtime="tensorrt-rtx", **section)
     preprocessor = batches.preprocessor(case.checkpoint)
     sample = batches.samples(case.dataset, preprocessor)[0]
-    return build._options("tensorrt-rtx", found, case.dataset, preprocessor, sample)
+    axes = types.load(case.dataset.type).INPUTS
+    return build._options("tensorrt-rtx", found, axes, preprocessor, sample)
 
 
 def test_without_a_section_one_profile_spans_everything(text: Case, image: Case) -> None:
@@ -82,7 +83,8 @@ def test_the_builder_chooses_fp16_where_it_is_weakly_typed(image: Case, weakly_t
     assert build.precision("tensorrt") == "fp32"
     section, preprocessor = Build(runtime="tensorrt"), batches.preprocessor(image.checkpoint)
     sample = batches.samples(image.dataset, preprocessor)[0]
-    assert build._options("tensorrt", section, image.dataset, preprocessor, sample)["half"] is True
+    axes = types.load(image.dataset.type).INPUTS
+    assert build._options("tensorrt", section, axes, preprocessor, sample)["half"] is True
 
 
 @needs_rtx

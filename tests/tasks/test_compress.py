@@ -122,6 +122,7 @@ def test_a_large_model_keeps_its_tensors_beside_the_graph(
 ) -> None:
     whole = export.fn(stacked, text.dataset, Export(), "fp32")
     monkeypatch.setattr("tasks.export.EXTERNAL_DATA_PAST", 1000)
+    monkeypatch.setattr("tasks.engines.lowering.tensors.LARGE", 1000)
     model = export.fn(stacked, text.dataset, Export(), "fp32")
     folder = store.path(model.blob)
     assert (folder / "model.onnx.data").stat().st_size > (folder / "model.onnx").stat().st_size / 10
