@@ -16,16 +16,15 @@ import numpy as np
 
 from tasks import types
 from tasks.types import Example, Run, images
+from tasks.types.vectors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 COLUMN, check, example, smoke = images.COLUMN, images.check, images.example, images.smoke
-REFERENCES = "baseline"
 INPUTS = {"sample": {0: "batch"}, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}}
 OUTPUTS = {"noise": {0: "batch"}}
 AUTO = ""  # transformers has none; the network is a python: model
-TAKES = ("vector",)
 ANSWER = {"image": "doubles"}
 TIMESTEPS, STEPS = 1000, 20
 CONDITION = (4, 32)
@@ -77,43 +76,9 @@ def wrong(shape: tuple[int, ...], settings: dict[str, Any]) -> str:
     return "" if shape == wanted else f"the network gives {shape}, data.image.shape asks for {wanted}"
 
 
-def targets(batch: Example, labels: np.ndarray) -> np.ndarray:
-    """Nothing: recipes refuse training."""
-    raise AssertionError("diffusion models are not trained here")
-
-
-def scores(found: Any, targets: Tensor) -> Tensor:
-    """Nothing: recipes refuse training."""
-    raise AssertionError("diffusion models are not trained here")
-
-
-def loss(found: Any, targets: Tensor) -> Tensor:
-    """Nothing: recipes refuse training."""
-    raise AssertionError("diffusion models are not trained here")
-
-
 def row(output: np.ndarray, example: Example) -> np.ndarray:
     """The noise, flat."""
     return output.ravel()
-
-
-def predictions(rows: Sequence[np.ndarray], takes: str) -> np.ndarray:
-    """The noises."""
-    return np.stack(rows)
-
-
-def references(
-    examples: Sequence[Example], labels: np.ndarray, baseline: Sequence[np.ndarray] | None
-) -> np.ndarray:
-    """The baseline's noises."""
-    assert baseline is not None
-    return np.stack(baseline)
-
-
-def trial(labels: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """A few vectors, all of them right."""
-    vectors = np.eye(32)
-    return list(vectors), vectors
 
 
 def traits(row: np.ndarray) -> dict[str, float]:

@@ -14,14 +14,13 @@ import numpy as np
 from tasks import types
 from tasks.types import Example, Run
 from tasks.types.texts import *  # noqa: F403
+from tasks.types.vectors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-REFERENCES = "baseline"
 OUTPUTS = {"embedding": {0: "batch"}}
 AUTO = "AutoModel"
-TAKES = ("vector",)
 ANSWER = {"embedding": "doubles", "truncated": "boolean"}
 
 
@@ -39,43 +38,9 @@ def wrong(shape: tuple[int, ...], settings: dict[str, Any]) -> str:
     return "" if len(shape) == 2 else f"the network gives {shape}, not one vector per text"
 
 
-def targets(batch: Example, labels: np.ndarray) -> np.ndarray:
-    """Nothing: recipes refuse training."""
-    raise AssertionError("embeddings are not trained here")
-
-
-def loss(found: Any, targets: Tensor) -> Tensor:
-    """Nothing: recipes refuse training."""
-    raise AssertionError("embeddings are not trained here")
-
-
-def scores(found: Any, targets: Tensor) -> Tensor:
-    """Nothing: recipes refuse training."""
-    raise AssertionError("embeddings are not trained here")
-
-
 def row(output: np.ndarray, example: Example) -> np.ndarray:
     """The vector."""
     return output
-
-
-def predictions(rows: Sequence[np.ndarray], takes: str) -> np.ndarray:
-    """The vectors."""
-    return np.stack(rows)
-
-
-def references(
-    examples: Sequence[Example], labels: np.ndarray, baseline: Sequence[np.ndarray] | None
-) -> np.ndarray:
-    """The baseline's vectors."""
-    assert baseline is not None
-    return np.stack(baseline)
-
-
-def trial(labels: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """A few vectors, all of them right."""
-    vectors = np.eye(32)
-    return list(vectors), vectors
 
 
 def traits(row: np.ndarray) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tasks.errors import InputError
 from tests.conftest import bert_folder
 
 FOLDER = Path(types.__file__).parent
-SHARED = {"__init__", "texts", "images", "classes"}
+SHARED = {"__init__", "texts", "images", "classes", "vectors"}
 
 
 def test_the_folder_is_the_schema_s_tasks() -> None:
