@@ -15,7 +15,8 @@ import yaml
 
 HOME = Path(tempfile.mkdtemp(prefix="enginehouse-tests-"))
 os.environ["ENGINEHOUSE_HOME"] = str(HOME)
-for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"):
+INHERITED = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")
+for name in (*INHERITED, "PREFECT_LOCAL_STORAGE_PATH"):  # a worker of xdist has the first process's
     os.environ.pop(name, None)
 
 import flows  # noqa: E402, F401  applies the settings

@@ -195,6 +195,7 @@ def test_drift_is_seen_in_images_that_come_alone(clip: Outcome, tmp_path: Path) 
     assert not [name for name in found["overflow"] if "text_model" in name]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(module("tensorrt-rtx").version("tensorrt_rtx") is None, reason="TensorRT-RTX")
 def test_fp8_captions_and_tensorrt(clip_recipe: Path, optimize: Optimize) -> None:
     """FP8 by captions of their own; the plan is built and waits for a GPU."""

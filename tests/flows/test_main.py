@@ -17,7 +17,7 @@ def flows(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "flows", *arguments],
         cwd=ROOT,
-        env=os.environ | environment,
+        env={k: v for k, v in os.environ.items() if k != "PREFECT_LOCAL_STORAGE_PATH"} | environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -151,6 +151,7 @@ def _plan_of(outcome: Outcome) -> str:
     return str(json.loads((folder / "artifacts" / "engine" / "engine.json").read_text())["plan_address"])
 
 
+@pytest.mark.long
 def test_a_champion_that_cannot_be_measured_is_not_passed_over(digits: Outcome, optimize: Optimize) -> None:
     """Here: one with its labels in another order. The rule says so and follows `on_missing`."""
     labels = json.dumps([str(digit) for digit in reversed(range(10))])

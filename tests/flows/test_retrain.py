@@ -191,6 +191,7 @@ def test_a_refit_that_lies_is_found_and_built_instead(
     assert outcome.verdict == "promoted", outcome.reasons
 
 
+@pytest.mark.long
 def test_a_newer_recipe_compresses_from_the_champions_weights(second: Outcome, recipe: Path) -> None:
     content = yaml.safe_load(recipe.read_text())
     del content["sparsify"]

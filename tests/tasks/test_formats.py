@@ -54,7 +54,7 @@ def differs(case: Any, candidate: Checkpoint, model: OnnxModel) -> float:
     ("section", "stored"),
     [
         ({"format": "int8-weight-only", "embeddings": True}, {"INT8": 17}),
-        ({"format": "int8", "algorithm": "entropy"}, {"INT8": 14 + 28}),
+        pytest.param({"format": "int8", "algorithm": "entropy"}, {"INT8": 14 + 28}, marks=pytest.mark.long),
         ({"format": "int8", "algorithm": "percentile", "percentile": 99.0}, {"INT8": 14 + 28}),
         ({"format": "int8", "algorithm": "smoothquant"}, {"INT8": 14 + 28}),
         ({"format": "int4", "block_size": 32}, {"INT4": 14}),
@@ -129,6 +129,7 @@ def test_numbers_alone_can_be_what_a_recipe_changes(text: Any, precision: Any, o
     assert graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
 
 
+@pytest.mark.long
 def test_entropy_and_percentile_cut_what_max_keeps(text: Any) -> None:
     ranges = {}
     for algorithm in ("max", "entropy", "percentile"):

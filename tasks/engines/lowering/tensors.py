@@ -32,6 +32,7 @@ def scratch(folder: Path, model: onnx.ModelProto) -> Iterator[None]:
     if not any(outside(tensor) for tensor in model.graph.initializer):
         yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:
         token = _scratch.set(Path(name))
         try:
