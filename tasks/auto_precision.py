@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recipes.compress import Quantize
-from tasks import batches, checkpoints, types, upstream
+from tasks import checkpoints, types, upstream
 from tasks.artifacts import Checkpoint, Dataset
+from tasks.training import Collator, examples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,16 +78,14 @@ def _bits(state: dict[str, Any], left: tuple[str, ...]) -> float:
 
 def _rows(checkpoint: Checkpoint, dataset: Dataset, size: int) -> list[tuple[dict[str, Any], Any]]:
     """The calibration rows in batches on the device: inputs, and what the loss compares with."""
-    import torch
-
-    kind, device = types.load(dataset.type), checkpoints.device()
-    encoded, labels = batches.examples(dataset, "calibration", batches.preprocessor(checkpoint))
+    collate, rows = Collator(dataset.type), examples(checkpoint, dataset, "calibration")
     found = []
-    for start in range(0, len(encoded), size):
-        batch = kind.collate(encoded[start : start + size])
-        targets = torch.from_numpy(kind.targets(batch, labels[start : start + size]))
-        moved = {name: tensor.to(device) for name, tensor in batches.tensors(batch).items()}
-        found.append((moved, targets.to(device)))
+    for start in range(0, len(rows), size):
+        batch = {
+            name: tensor.to(checkpoints.device())
+            for name, tensor in collate(rows[start : start + size]).items()
+        }
+        found.append((batch, batch.pop("labels")))
     return found
 
 

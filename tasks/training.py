@@ -58,7 +58,8 @@ def train(job: Job, tell: Tell) -> Trained:
     if job.section.lora:
         model = lora.attach(model, job.section.lora, job.section.seed)
     teacher = checkpoints.restore(job.teacher)[0] if job.teacher else None
-    sets = {name: examples(job, name) for name in ("train", "validation") if name in job.dataset.rows}
+    parts = [name for name in ("train", "validation") if name in job.dataset.rows]
+    sets = {name: examples(job.checkpoint, job.dataset, name) for name in parts}
     plan = _plan(job, len(sets["train"]))
     last = resume.last(job.folder)
     tuner = trainer.Tuner(
@@ -86,9 +87,9 @@ def train(job: Job, tell: Tell) -> Trained:
     return Trained(weights, curve, _facts(plan, curve, tuner.state.global_step, last))
 
 
-def examples(job: Job, part: str) -> list[dict[str, Any]]:
+def examples(checkpoint: Checkpoint, dataset: Dataset, part: str) -> list[dict[str, Any]]:
     """The encoded rows of a part with their labels."""
-    encoded, labels = batches.examples(job.dataset, part, batches.preprocessor(job.checkpoint))
+    encoded, labels = batches.examples(dataset, part, batches.preprocessor(checkpoint))
     known = labels if len(labels) else np.zeros(len(encoded), np.int64)
     return [{**example, "label": int(k)} for example, k in zip(encoded, known, strict=True)]
 
