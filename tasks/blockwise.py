@@ -57,11 +57,12 @@ def _take(name: str, module: Any, quantizer: Any, parts: list[Any]) -> Block:
         size = parts[0].block_sizes[-1]
         scales = (parts[0].amax.float() / LARGEST).reshape(weight.shape[0], -1)
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-        blocks = weight.reshape(*scales.shape, size)
-        integers = (blocks / scales.unsqueeze(-1)).round().clamp(-LARGEST - 1, LARGEST)
-        values = (integers * scales.unsqueeze(-1)).reshape(weight.shape)
         fp8 = float(parts[1].amax) / FP8_LARGEST if len(parts) > 1 else None
         near = meant if fp8 is None else parts[0](weight)
+        # From what the quantizer gave, not from the weight: halfway between two the one rounds up, the other down.
+        integers = (near.reshape(*scales.shape, size) / scales.unsqueeze(-1)).round()
+        integers = integers.clamp(-LARGEST - 1, LARGEST)
+        values = (integers * scales.unsqueeze(-1)).reshape(weight.shape)
         if not torch.allclose(values, near, rtol=1e-4, atol=1e-6 * float(scales.max())):
             raise InputError(f"export: the INT4 integers of {name} do not give its quantizer's values back")
         module._parameters["weight"].data = values.to(module._parameters["weight"].dtype)

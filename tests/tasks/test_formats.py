@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from recipes.build import Build, Export
 from recipes.compress import Finetune, Quantize, Sparsify
-from tasks import batches, checkpoints, layers, store, upstream
+from tasks import batches, blockwise, checkpoints, layers, store, upstream
 from tasks import export as export_module
 from tasks.artifacts import Checkpoint, OnnxModel
 from tasks.build import build, host
@@ -103,6 +103,25 @@ def test_int4_blocks_mean_the_same_to_onnx_itself(text: Any) -> None:
         turned = node.output[0].endswith(".T")
         np.testing.assert_allclose(values.T if turned else values, wanted, atol=1e-7)
     assert len(nodes) == 14
+
+
+def test_int4_integers_are_the_quantizers_where_weights_lie_halfway() -> None:
+    import modelopt.torch.quantization as mtq
+
+    network = torch.nn.Sequential(torch.nn.Linear(64, 256))
+    ends = torch.rand(256, 1, generator=torch.Generator().manual_seed(0)) + 0.1
+    with torch.no_grad():
+        network[0].weight.copy_(ends * (torch.arange(64) % 7 + 0.5) / 7)
+        network[0].weight[:, -1:] = ends
+    int4 = {"num_bits": 4, "block_sizes": {-1: 64}}
+    rules = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": int4},
+    ]
+    mtq.quantize(network, {"quant_cfg": rules, "algorithm": "max"}, lambda net: net(torch.ones(1, 64)))
+    meant = network[0].weight_quantizer(network[0].weight).detach().numpy()
+    block = blockwise.lift(network)["0"]
+    np.testing.assert_allclose(block.integers * block.scales, meant, rtol=1e-4)
 
 
 def test_an_int4_engine_agrees_with_its_graph_at_the_level_it_runs_at(text: Any) -> None:
