@@ -165,6 +165,10 @@ def _check_shapes(name: str, value: onnx.ValueInfoProto, shapes: Mapping[str, Sh
             raise InputError(f"profile of {name}: {dict(shapes)} is not min <= opt <= max within {dims}")
 
 
+UNFOLD = "python -m tasks.engines.tensorrt_unfold model.onnx floats.onnx"
+"""Before trtexec where INT8 weights go to the builder as floats."""
+
+
 def trtexec(
     flavor: Flavor,
     options: Options,
@@ -174,8 +178,10 @@ def trtexec(
     refit: bool,
 ) -> str:
     """The command that builds the same; `weak_types` (fp16, int8) where precision is a flag, else None."""
-    words = ["tensorrt_rtx" if flavor == "tensorrt_rtx" else "trtexec", "--onnx=model.onnx"]
-    words += ["--saveEngine=engine.plan", "--profilingVerbosity=detailed"]
+    floats = weak_types is not None and "int8" in weak_types
+    words = ["tensorrt_rtx" if flavor == "tensorrt_rtx" else "trtexec"]
+    words += ["--onnx=floats.onnx" if floats else "--onnx=model.onnx", "--saveEngine=engine.plan"]
+    words += ["--profilingVerbosity=detailed"]
     for index, profile in enumerate(profiles):
         words += [f"--profile={index}"] if len(profiles) > 1 else []
         for key in ("min", "opt", "max"):
@@ -196,4 +202,4 @@ def trtexec(
         ]
         words.append(f"--hardwareCompatibilityLevel={level}")
     words += [f"--timingCacheFile={options.timing_cache}"] if options.timing_cache else []
-    return shlex.join(words)
+    return f"{UNFOLD} && {shlex.join(words)}" if floats else shlex.join(words)

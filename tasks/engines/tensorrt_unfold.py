@@ -2,9 +2,13 @@
 
 Its builder ends with "convertMyelinWeightsToFp32 … Assertion params.weights.type() != DataType::kINT8
 failed" where a compiled region holds a weight that is stored in INT8; later versions want it stored.
+
+python -m tasks.engines.tensorrt_unfold MODEL.onnx OUT.onnx     (for `trtexec`; a build does it by itself)
 """
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import onnx
@@ -51,3 +55,7 @@ def _floats(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> np.nda
         scale.astype(np.float32).reshape(shape)
     )
     return found
+
+
+if __name__ == "__main__":
+    onnx.save(unfolded(onnx.load(sys.argv[1])), sys.argv[2])

@@ -113,7 +113,8 @@ def test_trtexec_says_the_same() -> None:
     profiles = profiles_for(model(), options, SAMPLES)
     command = trtexec("tensorrt", options, profiles, weak_types=("fp16", "int8"), refit=True)
     assert "--minShapes=ids:1x1,fixed:1x3" in command
-    assert command.startswith("trtexec --onnx=model.onnx ")
+    unfold = "python -m tasks.engines.tensorrt_unfold model.onnx floats.onnx"
+    assert command.startswith(f"{unfold} && trtexec --onnx=floats.onnx ")
     for word in ("--fp16 --int8 --refit", "--sparsity=enable", "--noTF32", "workspace:1048576B", "ampere+"):
         assert word in command
     strong = trtexec("tensorrt", Options(), [*profiles, *profiles], weak_types=None, refit=True)
