@@ -58,7 +58,8 @@ def judge(attempt: Attempt) -> Outcome:
     rival, unmeasured = measurable(champion, attempt) if champion else (None, None)
     if rival and not registry.same_engine(rival, candidate):
         judged["champion"] = rival
-    scores = score(judged, attempt.dataset, attempt.onnx, attempt)
+    beside = {name: attempt.engines[name] for name in attempt.engines if name == "calibrated"}
+    scores = score(judged | beside, attempt.dataset, attempt.onnx, attempt)
     told, drawn = shown(attempt)
     scores["candidate"] = replace(scores["candidate"], values=scores["candidate"].values | told)
     timing = benchmark(

@@ -17,13 +17,14 @@ from recipes import Recipe
 from tasks import ledger
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
 from tasks.build import build, check_build, host, precision
-from tasks.calibrate import calibrate
+from tasks.calibrate import calibrate, needs
 from tasks.evaluate import check
 from tasks.export import export
 from tasks.finetune import check_training, finetune
 from tasks.handover import handover
 from tasks.load import content, fingerprint, load_data, load_model
 from tasks.manifest import Attempt
+from tasks.observe import observe
 from tasks.registry_training import live
 from tasks.sparsify import sparsify
 from tasks.stage import timeline
@@ -58,35 +59,43 @@ def _optimize(recipe: Recipe) -> Outcome:
 
     # 2. The baseline, not compressed: fine-tuned, or what a checkpoint was before it was.
     if recipe.compressed_elsewhere:
-        baseline, candidate = strip(start), start
+        checkpoints = {"candidate": start, "baseline": strip(start)}
     else:
         baseline = finetune(start, data, recipe.finetune) if recipe.finetune else start
 
         # 3. The candidate: pruned, then quantized, then trained again with both on.
-        candidate = compress(baseline, data, recipe)
+        calibrated = compress(baseline, data, recipe)
+        candidate = recover(calibrated, baseline, data, recipe)
+        checkpoints = {"candidate": candidate, "baseline": baseline}
+        if recipe.compare_calibrated:
+            checkpoints["calibrated"] = calibrated
+    controls = control(checkpoints["baseline"], data, recipe) if recipe.compare_dense else {}
 
-    controls = control(baseline, data, recipe) if recipe.compare_dense else {}
-
-    # 4. Engines of both for the target runtime, and the candidate's for the others.
-    checkpoints = {"candidate": candidate, "baseline": baseline}
+    # 4. Engines of each for the target runtime, and the candidate's for the others.
     onnx, engines = engines_of(checkpoints, data, recipe)
-    handed = handover(candidate, data) if recipe.export.huggingface else None
+    handed = handover(checkpoints["candidate"], data) if recipe.export.huggingface else None
 
     # 5. Measure beside baseline and champion, judge, register, promote.
     attempt = Attempt(recipe, data, checkpoints, onnx, engines, found, controls=controls, handover=handed)
     return judge(replace(attempt, timeline=tuple(timeline)))
 
 
-def compress(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> Checkpoint:
-    """Sparsify before quantizing (the reverse prunes nothing), then recover accuracy with both on."""
-    model = baseline
+def compress(model: Checkpoint, data: Dataset, recipe: Recipe) -> Checkpoint:
+    """Sparsify before quantizing; the reverse prunes nothing."""
     if recipe.sparsify:
         model = sparsify(model, data, recipe.sparsify)
     if recipe.quantize:
-        model = calibrate(model, data, recipe.quantize)
-    if recipe.qat:
-        model = finetune(model, data, recipe.qat, baseline if recipe.qat.distill else None)
+        kind = needs(recipe.quantize)
+        seen = observe(model, data, recipe.quantize.batch_size, kind) if kind else None
+        model = calibrate(model, data, recipe.quantize, seen)
     return model
+
+
+def recover(model: Checkpoint, baseline: Checkpoint, data: Dataset, recipe: Recipe) -> Checkpoint:
+    """Train with mask and quantizers on, where the recipe says so."""
+    if recipe.qat is None:
+        return model
+    return finetune(model, data, recipe.qat, baseline if recipe.qat.distill else None)
 
 
 def control(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> dict[str, Checkpoint]:
@@ -101,7 +110,7 @@ def control(baseline: Checkpoint, data: Dataset, recipe: Recipe) -> dict[str, Ch
 def engines_of(
     checkpoints: dict[str, Checkpoint], data: Dataset, recipe: Recipe
 ) -> tuple[dict[str, OnnxModel], dict[str, Engine]]:
-    """ONNX and engines by name: candidate, baseline, and `candidate-RUNTIME` for each of `build.also`."""
+    """ONNX and engines by the checkpoints' names, and `candidate-RUNTIME` for each of `build.also`."""
     target = recipe.build.runtime
     settings = recipe.build.model_copy(update={"also": ()})
     onnx: dict[str, OnnxModel] = {}

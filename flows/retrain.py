@@ -13,7 +13,7 @@ from prefect import flow
 import recipes
 from flows.artifacts import publish
 from flows.judge import Outcome, judge, log_failure
-from flows.optimize import compress
+from flows.optimize import compress, recover
 from recipes import Recipe
 from recipes.build import Build, Runtime
 from tasks import ledger, lineage, registry
@@ -102,7 +102,8 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
     if source:
         model = recipe.model.model_copy(update={"source": source})
         start = load_model(model, recipe.data, recipe.task, found["checkpoint"], recipe.data.split.seed)
-        candidate = start if source.startswith("modelopt:") else compress(start, data, recipe)
+        elsewhere = source.startswith("modelopt:")
+        candidate = start if elsewhere else recover(compress(start, data, recipe), start, data, recipe)
     else:
         start = lineage.checkpoint(champion)
         candidate = train_on(start, data, recipe, champion)
@@ -161,7 +162,7 @@ def train_on(start: Checkpoint, data: Dataset, recipe: Recipe, champion: Version
     training = recipe.retrain or recipe.finetune
     if training:
         dense = finetune(dense, data, training.model_copy(update={"distill": None}))
-    return compress(dense, data, recipe)
+    return recover(compress(dense, data, recipe), dense, data, recipe)
 
 
 def refitted(

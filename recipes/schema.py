@@ -127,6 +127,8 @@ class Recipe(Section):
     """The training of `python -m flows retrain`; without it that of `qat`, else of `finetune`."""
     compare_dense: bool = False
     """Train the dense baseline and the pruned network, not quantized, as `qat` says, too; plot the losses."""
+    compare_calibrated: bool = False
+    """Also build and measure the network as it is before `qat`, so that what that brings can be seen."""
     drift: Drift = Drift()
     export: Export = Export()
     build: Build = Build()
@@ -218,6 +220,10 @@ class Recipe(Section):
             raise ValueError(
                 "compare_dense shows what training with the mask on brings; it needs sparsify, qat and "
                 "data.split.validation"
+            )
+        if self.compare_calibrated and not (self.quantize and self.qat):
+            raise ValueError(
+                "compare_calibrated shows what training after calibration brings; it needs quantize and qat"
             )
         return self
 

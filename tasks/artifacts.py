@@ -49,6 +49,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What so many rows did to the inputs of a network's layers (`tasks.observe`)."""
+
+    blob: Blob
+    kind: Literal["ranges", "histograms"]
+    rows: int
+
+
+@dataclass(frozen=True)
 class OnnxModel:
     """`model.onnx` (with `model.onnx.data` past 1 GB)."""
 

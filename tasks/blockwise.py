@@ -59,7 +59,7 @@ def _take(name: str, module: Any, quantizer: Any, parts: list[Any]) -> Block:
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
         fp8 = float(parts[1].amax) / FP8_LARGEST if len(parts) > 1 else None
         near = meant if fp8 is None else parts[0](weight)
-        # Of what the quantizer gave: a weight halfway between two is rounded up by the one, down by the other.
+        # Of what the quantizer gave: a weight halfway between two is rounded here up, there down.
         integers = (near.reshape(*scales.shape, size) / scales.unsqueeze(-1)).round()
         integers = integers.clamp(-LARGEST - 1, LARGEST)
         values = (integers * scales.unsqueeze(-1)).reshape(weight.shape)

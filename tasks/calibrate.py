@@ -11,13 +11,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from recipes.compress import Quantize
-from tasks import auto_precision, batches, checkpoints, layers, store
-from tasks.artifacts import Checkpoint, Dataset
+from tasks import auto_precision, batches, checkpoints, layers, observe, store
+from tasks.artifacts import Checkpoint, Dataset, Statistics
 from tasks.errors import InputError
 from tasks.stage import stage
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     Loop = Callable[[nn.Module], None]
 
@@ -29,8 +29,13 @@ BMM = ("q_bmm_quantizer", "k_bmm_quantizer", "p_bmm_quantizer", "v_bmm_quantizer
 @stage(
     uses=("torch", "nvidia-modelopt", "transformers"), name="calibrate", gpu=True, timeout_seconds=3 * 3600
 )
-def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Checkpoint:
-    """Quantize every linear layer, convolution and (where asked) embedding that is not excluded."""
+def calibrate(
+    checkpoint: Checkpoint, dataset: Dataset, section: Quantize, statistics: Statistics | None = None
+) -> Checkpoint:
+    """Quantize every linear layer, convolution and (where asked) embedding that is not excluded.
+
+    The statistics are those that `needs(section)` names; without them the rows run here.
+    """
     model, config = checkpoints.restore(checkpoint)
     model, config = checkpoints.without_norms(model, config, batches.forward(dataset, checkpoint))
     model.to(checkpoints.device())
@@ -43,7 +48,7 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Ch
         section = section.model_copy(update={"exclude": (*section.exclude, *auto.left)})
         left_out |= dict.fromkeys(auto.left, "kept for what it does to the loss (quantize.effective_bits)")
     loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "calibrate")
-    model = quantized(model, section, loop)
+    model = quantized(model, section, loop, observe.read(statistics) if statistics else None)
     names = checkpoints.quantizers(model)
     _nothing_slipped_by(model, names, set(looked_at) - set(left_out), section)
     assert checkpoints.sparsity(model) == pruned
@@ -73,8 +78,8 @@ def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> 
     loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "recalibrate")
     with torch.no_grad(), checkpoints.quiet():
         model = mtq.calibrate(model, "max", loop)
-    if section.algorithm in ("entropy", "percentile"):
-        _ranges_from_histograms(model, section, loop)
+    if needs(section) == "histograms":
+        _take(model, section, _unquantized(model, loop))
     assert checkpoints.quantizers(model) == before
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
@@ -82,18 +87,32 @@ def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> 
         return checkpoints.save(model, config, folder, dataset.type, facts)
 
 
-def quantized(model: nn.Module, section: Quantize, loop: Loop) -> nn.Module:
-    """The network with quantizers whose ranges are settled by the rows of `loop`."""
+def needs(section: Quantize) -> observe.Kind | None:
+    """What of the layers' inputs settles their ranges; None where the rows themselves are needed, or none."""
+    if _inputs(section) is None or section.attention:
+        return None
+    kinds: dict[str, observe.Kind] = {"max": "ranges", "entropy": "histograms", "percentile": "histograms"}
+    return kinds.get(section.algorithm)
+
+
+def quantized(
+    model: nn.Module, section: Quantize, loop: Loop, seen: dict[str, Tensor] | None = None
+) -> nn.Module:
+    """The network with quantizers whose ranges the rows of `loop` settle, or what was `seen` of them."""
     import torch
 
     with checkpoints.quiet():
         import modelopt.torch.quantization as mtq
 
+    kind = needs(section)
+    if kind and seen is None:
+        seen = observe.observed(model, kind, loop)
+    rows = loop if section.attention or section.algorithm in ALGORITHMS else None
     rules = quant_config(section, layers.quantizable(model))
     with torch.no_grad(), checkpoints.quiet():
-        model = mtq.quantize(model, rules, loop)
-    if section.algorithm in ("entropy", "percentile"):
-        _ranges_from_histograms(model, section, loop)
+        model = mtq.quantize(model, rules, rows)
+    if seen is not None:
+        _take(model, section, seen)
     return model
 
 
@@ -226,27 +245,39 @@ def _nothing_slipped_by(model: nn.Module, names: list[str], chosen: set[str], se
         )
 
 
-def _ranges_from_histograms(model: nn.Module, section: Quantize, loop: Loop) -> None:
-    """Ranges of activations from histograms; ModelOpt's own calibration runs end at the largest value."""
-    import torch
+def _take(model: nn.Module, section: Quantize, seen: dict[str, Tensor]) -> None:
+    """The ranges of the inputs' quantizers from what was seen; of a layer that never ran there is nothing."""
+    for name in checkpoints.quantizers(model):
+        layer, _, which = name.rpartition(".")
+        if which != "input_quantizer" or not {layer, f"{layer}.counts"} & set(seen):
+            continue
+        quantizer: Any = model.get_submodule(name)
+        end = seen[layer] if layer in seen else _end(quantizer, section, seen, layer)
+        quantizer.amax = end.to(next(model.parameters()).device)
+
+
+def _end(quantizer: Any, section: Quantize, seen: dict[str, Tensor], layer: str) -> Tensor:
+    """Where ModelOpt ends the range of a histogram."""
     from modelopt.torch.quantization.calib import HistogramCalibrator
 
+    with checkpoints.quiet():
+        found = HistogramCalibrator(quantizer.num_bits, None, quantizer.unsigned)
+        found._calib_hist, found._calib_bin_edges = seen[f"{layer}.counts"], seen[f"{layer}.edges"]
+        end: Tensor = (
+            found.compute_amax("entropy")
+            if section.algorithm == "entropy"
+            else found.compute_amax("percentile", percentile=section.percentile)
+        )
+    return end
+
+
+def _unquantized(model: nn.Module, loop: Loop) -> dict[str, Tensor]:
+    """Histograms of a quantized network's inputs, with its quantizers off."""
     every: list[Any] = [model.get_submodule(name) for name in checkpoints.quantizers(model)]
-    inputs = [q for q in every if q.axis is None and not q.block_sizes]
-    kept = [q._calibrator for q in inputs]
     for quantizer in every:
         quantizer.disable_quant()
-    for quantizer in inputs:
-        quantizer._calibrator = HistogramCalibrator(quantizer.num_bits, None, quantizer.unsigned)
-        quantizer.enable_calib()
-    with torch.no_grad(), checkpoints.quiet():
-        loop(model)
-        for quantizer, before in zip(inputs, kept, strict=True):
-            if section.algorithm == "entropy":
-                quantizer.load_calib_amax("entropy")
-            else:
-                quantizer.load_calib_amax("percentile", percentile=section.percentile)
-            quantizer.disable_calib()
-            quantizer._calibrator = before
-    for quantizer in every:
-        quantizer.enable_quant()
+    try:
+        return observe.observed(model, "histograms", loop)
+    finally:
+        for quantizer in every:
+            quantizer.enable_quant()

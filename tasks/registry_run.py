@@ -42,9 +42,10 @@ def log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
     if attempt.retrained:  # the rest lies with the version that it came from, or can be made again
         return
     for name, model in attempt.onnx.items():
-        mlflow.log_artifacts(str(store.path(model.blob)), f"onnx/{name}")
+        if name != "calibrated":  # its numbers are what is wanted
+            mlflow.log_artifacts(str(store.path(model.blob)), f"onnx/{name}")
     for name, engine in attempt.engines.items():
-        if name != "candidate":
+        if name not in ("candidate", "calibrated"):
             pack(engine, attempt.recipe.build.max_batch, scratch / name)
             mlflow.log_artifacts(str(scratch / name), f"engines/{name}")
 

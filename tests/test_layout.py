@@ -27,6 +27,7 @@ OWNERS = {
             "export",
             "handover",
             "load",
+            "observe",
             "sparsify",
             "trainer",
         )

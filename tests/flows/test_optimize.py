@@ -53,7 +53,7 @@ def test_a_good_engine_is_promoted_with_everything_that_shows_why(digits: Outcom
         "load data",
         "load model",
         "fine-tune",
-        "calibrate",
+        "observe",
     ]
     names = ("gate.md", "gate.png", "measurements.json", "verdict.json")
     others = ("checkpoint/model.safetensors", "onnx/candidate/model.onnx", "engines/baseline/engine.json")

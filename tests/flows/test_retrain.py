@@ -199,7 +199,7 @@ def test_a_newer_recipe_compresses_from_the_champions_weights(second: Outcome, r
     outcome = retrain("again", recipe=str(recipe.parent / "dense.yaml"))
     assert outcome.attempt is not None
     stages = [timing.stage for timing in outcome.attempt.timeline]
-    assert stages[1:5] == ["strip", "fine-tune", "calibrate", "fine-tune"]
+    assert stages[1:6] == ["strip", "fine-tune", "observe", "calibrate", "fine-tune"]
     assert "sparsity" not in outcome.attempt.checkpoints["candidate"].facts
 
 

@@ -57,6 +57,7 @@ def test_a_recipe_is_frozen() -> None:
         ("finetune.lora={targets: []}", ["finetune.lora.targets"]),
         ("retrain={epochs: 1, lora: {targets: [x]}}", ["retrain.lora", "lora belongs to finetune"]),
         ("retrain={epochs: 1, distill: {}}", ["retrain.distill is for a recipe with qat"]),
+        ("compare_calibrated=true", ["it needs quantize and qat"]),
         ("compare_dense=true", ["it needs sparsify, qat and data.split.validation"]),
         ("finetune.processes=3", ["batch_size (32) is that of all processes", "their number (3)"]),
         ("finetune.shard=fsdp2", ["set processes"]),
