@@ -1,6 +1,6 @@
-"""Calibration, SparseGPT and QAT on a GPU, against the same calls in a bare script; NVFP4 and MXFP8.
+"""Calibration, SparseGPT and QAT on a GPU, against the same calls in a bare script.
 
-python -m benchmarks.gpu REPORT.json [PART …] [--small]     parts: calibrate, sparsegpt, qat, formats
+python -m benchmarks.gpu REPORT.json [PART …] [--small]     parts: calibrate, sparsegpt, qat
 
 A BERT of 335 million parameters (BERT-large's shape, bytes as tokens, random weights: speed and memory
 only). "Pipeline" is the stage's own function, without Prefect's few milliseconds; "bare" is what one would
@@ -45,14 +45,14 @@ def network(labels: int) -> Any:
     return BertForSequenceClassification(config)
 
 
-def prepared() -> tuple[Checkpoint, Dataset]:
-    """Untrained weights and random sentences, in the store."""
+def prepared(function: str = "benchmarks.gpu:network") -> tuple[Checkpoint, Dataset]:
+    """Untrained weights of a network over bytes, and random sentences, in the store."""
     import shutil
 
     import pyarrow
     import pyarrow.parquet as pq
 
-    model, config = checkpoints.from_function("benchmarks.gpu:network", TASK, len(LABELS), 0)
+    model, config = checkpoints.from_function(function, TASK, len(LABELS), 0)
     with store.staging() as folder:
         shutil.copytree(ROOT / "recipes/bytes_tokenizer", folder / "preprocessor")
         settings = {"type": TASK, "labels": list(LABELS), "max_length": LENGTH}
@@ -224,63 +224,13 @@ PARTS: dict[str, Callable[..., Callable[[], int]]] = {
     "qat": of_qat,
 }
 KINDS = {"calibrate": ("int8", "fp8"), "sparsegpt": ("2:4",), "qat": ("int8", "fp8")}
-KINDS |= {"formats": ("NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG")}
-
-
-def of_format(name: str, checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
-    """NVFP4 or MXFP8: calibrated, run and exported, compared with the plain network."""
-    import modelopt.torch.quantization as mtq
-    import torch
-    from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
-
-    model, _ = checkpoints.restore(checkpoint)
-    model.to(checkpoints.device())
-    batch = {k: v.to(model.device) for k, v in bare_batches(checkpoint, dataset)[0].items()}
-    found: dict[str, Any] = {}
-    try:
-        with torch.no_grad():
-            plain = model(**batch).logits
-            mtq.quantize(model, getattr(mtq, name), bare_loop(checkpoint, dataset))
-            quantized = model(**batch).logits
-        found["cosine"] = float(
-            torch.nn.functional.cosine_similarity(plain.flatten(), quantized.flatten(), 0)
-        )
-        found["quantizers"] = len(checkpoints.quantizers(model))
-        found["changed"] = bool((plain != quantized).any())
-        packed, _ = get_onnx_bytes_and_metadata(
-            model, (batch,), weights_dtype="fp32", onnx_opset=23, dynamo_export=False, model_name="bert"
-        )
-        onnx_bytes = OnnxBytes.from_bytes(packed).get_onnx_model_file_bytes()
-        found |= _described(onnx_bytes)
-    except Exception as error:  # what happened belongs in the report
-        found["error"] = f"{type(error).__name__}: {error}"[:600]
-    return found
-
-
-def _described(data: bytes) -> dict[str, Any]:
-    from collections import Counter
-
-    import onnx
-
-    model = onnx.load_from_string(data)
-    kinds = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in model.graph.node)
-    types = Counter(onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer)
-    quantizing = {
-        kind: count for kind, count in kinds.items() if "Quantize" in kind or "FP4" in kind or "MX" in kind
-    }
-    return {
-        "onnx_bytes": len(data),
-        "opsets": {o.domain: o.version for o in model.opset_import},
-        "nodes": quantizing,
-        "initializers": dict(types),
-    }
 
 
 def main() -> None:
     """Each measurement in turns; the report is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("report", type=Path)
-    parser.add_argument("parts", nargs="*", default=[*PARTS, "formats"])
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if given.small:
@@ -290,12 +240,9 @@ def main() -> None:
     checkpoint, dataset = prepared()
     report: dict[str, Any] = {"device": device(), "parameters": checkpoint.facts["parameters"]}
     for part, kind in ((name, kind) for name in given.parts for kind in KINDS[name]):
-        for turn in range(1 + TURNS if part in PARTS else 1):
-            for who in ("pipeline", "bare") if part in PARTS else ("formats",):
-                if who == "formats":
-                    row = of_format(kind, checkpoint, dataset)
-                else:
-                    row = one(part, who, kind, checkpoint, dataset)
+        for turn in range(1 + TURNS):
+            for who in ("pipeline", "bare"):
+                row = one(part, who, kind, checkpoint, dataset)
                 report.setdefault(f"{part} {kind} {who}", []).append(row)
                 given.report.write_text(json.dumps(report, indent=1))
                 print(part, kind, who, turn, json.dumps(row)[:1500], flush=True)

@@ -17,7 +17,7 @@ from recipes import Recipe
 from tasks import ledger
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
 from tasks.build import build, check_build, host, precision
-from tasks.calibrate import calibrate, needs
+from tasks.calibrate import calibrate, check_calibration, needs
 from tasks.evaluate import check
 from tasks.export import export
 from tasks.finetune import check_training, finetune
@@ -49,6 +49,7 @@ def _optimize(recipe: Recipe) -> Outcome:
     ledger.address()
     check(recipe.gate, recipe.task, len(recipe.data.labels))
     check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
+    check_calibration(recipe.quantize)
     check_training((recipe.finetune, recipe.qat))
     found = {
         "data": content(recipe.data),

@@ -19,7 +19,7 @@ from recipes.build import Build, Runtime
 from tasks import ledger, lineage, registry
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel, Version
 from tasks.build import build, check_build, host, precision
-from tasks.calibrate import recalibrate
+from tasks.calibrate import check_calibration, recalibrate
 from tasks.errors import InputError
 from tasks.evaluate import check
 from tasks.export import export
@@ -88,6 +88,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
     ledger.address()
     check(recipe.gate, recipe.task, len(recipe.data.labels))
     check_build(recipe.build, recipe.quantize.format if recipe.quantize else None, recipe.export.opset)
+    check_calibration(recipe.quantize)
     check_training((recipe.finetune, recipe.qat, recipe.retrain))
     source = sourced(given) if given else recipe.model.source if recipe.compressed_elsewhere else None
     found = {"data": content(recipe.data)}

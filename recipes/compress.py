@@ -85,8 +85,12 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "int8-weight-only": ("max",),
     "int4": ("max", "awq"),
     "w4a8": ("max", "awq"),
+    "nvfp4": ("max",),
+    "mxfp8": ("max",),
 }
-OPSETS = {"fp8": 20, "int4": 21, "w4a8": 21}
+MICROSCALED = {"nvfp4": 16, "mxfp8": 32}
+"""Formats with a scale for so many values of weights and activations along K; they need a GPU."""
+OPSETS = {"fp8": 20, "int4": 21, "w4a8": 21, **dict.fromkeys(MICROSCALED, 23)}
 BLOCK: Literal[128] = 128
 PERCENTILE = 99.99
 
@@ -97,6 +101,7 @@ class Quantize(Section):
     `block_size` is of INT4's scales, along K; `percentile` of activations that stay in range. `attention`
     quantizes attention's own matrix products, too. `embeddings` of int4 and w4a8 are INT8. With
     `effective_bits` the layers that lose most stay as they are, so that weights take as many bits on average.
+    nvfp4 and mxfp8 are calibrated on an NVIDIA GPU alone, and have blocks of their own size.
     """
 
     format: Format
@@ -111,12 +116,6 @@ class Quantize(Section):
 
     @model_validator(mode="after")
     def _legal(self) -> Quantize:
-        if self.format in ("nvfp4", "mxfp8"):
-            raise ValueError(
-                f"quantize.format: {self.format} needs an NVIDIA GPU to calibrate (there are no CPU kernels "
-                "for it), one of compute capability 10.0 or newer to run, and opset 23; there is no route to "
-                "an engine here yet: use fp8 (from compute capability 8.9) or int4"
-            )
         legal = ALGORITHMS[self.format]
         if self.algorithm not in legal:
             raise ValueError(
@@ -127,6 +126,10 @@ class Quantize(Section):
             raise ValueError("quantize.percentile is for algorithm: percentile; leave it out")
         if self.block_size != BLOCK and self.format not in ("int4", "w4a8"):
             raise ValueError(f"quantize.block_size is for int4 and w4a8; with {self.format} leave it out")
+        if self.format in MICROSCALED and (self.embeddings or self.effective_bits is not None):
+            raise ValueError(
+                f"quantize.embeddings and quantize.effective_bits are not for {self.format}; leave them out"
+            )
         least = 4 if self.format in ("int4", "w4a8") else 8
         if self.effective_bits is not None and self.effective_bits <= least:
             raise ValueError(
@@ -143,8 +146,8 @@ class Quantize(Section):
 
 WHY_NOT = {
     "max": "",
-    "entropy": "it searches ranges of INT8 activations; FP8's exponent and weights alone have no use for it",
-    "percentile": "it cuts ranges of INT8 activations; FP8's exponent and weights alone have no use for it",
+    "entropy": "it searches ranges of INT8 activations; floats and weights alone have no use for it",
+    "percentile": "it cuts ranges of INT8 activations; floats and weights alone have no use for it",
     "smoothquant": "it moves outliers of INT8 activations into the weights",
-    "awq": "it scales the channels that 4-bit weights would lose; 8 bits do not lose them",
+    "awq": "it scales the channels that 4-bit weights would lose; 8 bits and small blocks lose less",
 }

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, StringConstraints, model_validator
 
 from recipes.build import Build, Export, Precision
-from recipes.compress import OPSETS, Finetune, Quantize, Sparsify
+from recipes.compress import MICROSCALED, OPSETS, Finetune, Format, Quantize, Sparsify
 from recipes.data import Data, Section, Source
 from recipes.gate import Gate
 
@@ -229,15 +229,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:
-        least = OPSETS.get(self.quantize.format, 0) if self.quantize else 0
-        if self.quantize and self.export.opset < least:
-            raise ValueError(
-                f"quantize.format: {self.quantize.format} needs export.opset {least} or newer, not "
-                f"{self.export.opset}: ONNX has its numbers and their DequantizeLinear only from there"
-            )
+        on_cpu = "onnxruntime" in (self.build.runtime, *self.build.also)
+        if self.quantize:
+            self._format_fits(self.quantize.format, on_cpu)
         if self.export.precision != "bf16":
             return self
-        if "onnxruntime" in (self.build.runtime, *self.build.also):
+        if on_cpu:
             raise ValueError(
                 "export.precision: bf16 has no kernels in ONNX Runtime's CPU provider; use fp16 or fp32, or "
                 "build.runtime: tensorrt"
@@ -247,6 +244,20 @@ class Recipe(Section):
                 "export.precision: bf16 is for what is not quantized: beside Q/DQ use fp16, or leave it out"
             )
         return self
+
+    def _format_fits(self, format: Format, on_cpu: bool) -> None:
+        least = OPSETS.get(format, 0)
+        if self.export.opset < least:
+            raise ValueError(
+                f"quantize.format: {format} needs export.opset {least} or newer, not "
+                f"{self.export.opset}: ONNX has its numbers and their DequantizeLinear only from there"
+            )
+        if on_cpu and format in MICROSCALED:
+            raise ValueError(
+                f"quantize.format: {format} has no kernels in ONNX Runtime, neither for its weights nor for "
+                "activations that are quantized as they come; set build.runtime to tensorrt or tensorrt-rtx, "
+                "and leave onnxruntime out of build.also"
+            )
 
     @model_validator(mode="after")
     def _language_fits(self) -> Recipe:

@@ -59,8 +59,7 @@ def check_build(section: Build, format: str | None, opset: int) -> None:
         if runtime != "onnxruntime" and installed(runtime):
             asked = section.tensorrt or TensorRT()
             always = asked.refit == "always" and not asked.version_compatible
-            fp8 = format == "fp8"
-            if doubt := module(runtime).cannot(runtime, refit_always=always, fp8=fp8, opset=opset):
+            if doubt := module(runtime).cannot(runtime, refit_always=always, format=format, opset=opset):
                 raise InputError(doubt)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from recipes.compress import Quantize
+from recipes.compress import MICROSCALED, Quantize
 from tasks import auto_precision, batches, checkpoints, layers, observe, store
 from tasks.artifacts import Checkpoint, Dataset, Statistics
 from tasks.errors import InputError
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
     Loop = Callable[[nn.Module], None]
 
-FP8 = (4, 3)  # bits of exponent and mantissa
+FP4, FP8, E8M0 = (2, 1), (4, 3), (8, 0)  # bits of exponent and mantissa
+SMALL: dict[str, dict[str, Any]] = {
+    "nvfp4": {"num_bits": FP4, "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": FP8}},
+    "mxfp8": {"num_bits": FP8, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": E8M0}},
+}
+"""Blocks along K, the same for weights and activations; NVFP4 has a scale for the whole tensor, too."""
+LINEAR_ONLY = ("int4", "w4a8", *MICROSCALED)
 ALGORITHMS: dict[str, Any] = {"smoothquant": "smoothquant", "awq": {"method": "awq_lite"}}
 BMM = ("q_bmm_quantizer", "k_bmm_quantizer", "p_bmm_quantizer", "v_bmm_quantizer")
 
@@ -36,6 +42,7 @@ def calibrate(
 
     The statistics are those that `needs(section)` names; without them the rows run here.
     """
+    check_calibration(section)
     model, config = checkpoints.restore(checkpoint)
     model, config = checkpoints.without_norms(model, config, batches.forward(dataset, checkpoint))
     model.to(checkpoints.device())
@@ -67,6 +74,7 @@ def calibrate(
 )
 def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> Checkpoint:
     """The same quantizers with the ranges of these rows and weights; SmoothQuant's and AWQ's shifts stay."""
+    check_calibration(section)
     import torch
 
     with checkpoints.quiet():
@@ -87,9 +95,22 @@ def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> 
         return checkpoints.save(model, config, folder, dataset.type, facts)
 
 
+def check_calibration(section: Quantize | None) -> None:
+    """Raise InputError for what this machine can never calibrate, before anything costly.
+
+    On a CPU ModelOpt says that NVFP4 and MXFP8 were calibrated, and then every forward fails.
+    """
+    if section and section.format in MICROSCALED and checkpoints.device() != "cuda":
+        raise InputError(
+            f"quantize.format: {section.format} needs an NVIDIA GPU with PyTorch's CUDA build to calibrate, "
+            "and PyTorch finds none here; its engines run on TensorRT 10.8 or newer with compute capability "
+            "10.0 or newer. Run this recipe on such a worker, or use fp8, int4 or int8"
+        )
+
+
 def needs(section: Quantize) -> observe.Kind | None:
     """What of the layers' inputs settles their ranges; None where the rows themselves are needed, or none."""
-    if _inputs(section) is None or section.attention:
+    if _inputs(section) is None or section.attention or section.format == "mxfp8":
         return None
     kinds: dict[str, observe.Kind] = {"max": "ranges", "entropy": "histograms", "percentile": "histograms"}
     return kinds.get(section.algorithm)
@@ -174,7 +195,7 @@ def reasons(section: Quantize, modules: dict[str, nn.Module]) -> dict[str, str]:
         elif isinstance(module, nn.Embedding):
             if not section.embeddings:
                 found[name] = "an embedding, and quantize.embeddings is not set"
-        elif section.format in ("int4", "w4a8") and not isinstance(module, nn.Linear):
+        elif section.format in LINEAR_ONLY and not isinstance(module, nn.Linear):
             found[name] = f"{section.format} is for linear layers; no runtime has such convolutions"
     return found
 
@@ -185,12 +206,16 @@ def _weights(section: Quantize, embedding: bool) -> Any:
         return fp8
     if embedding or section.format in ("int8", "int8-weight-only"):
         return int8
+    if section.format in SMALL:
+        return SMALL[section.format]
     int4 = {"num_bits": 4, "block_sizes": {-1: section.block_size}}
     return [int4, fp8] if section.format == "w4a8" else int4
 
 
 def _inputs(section: Quantize) -> dict[str, Any] | None:
-    """One scale for each activation; None where only weights are quantized."""
+    """One scale for each activation, or small blocks; None where only weights are quantized."""
+    if section.format in SMALL:
+        return SMALL[section.format]
     bits: dict[str, Any] = {"int8": 8, "fp8": FP8, "w4a8": FP8}
     return {"num_bits": bits[section.format], "axis": None} if section.format in bits else None
 
@@ -211,15 +236,16 @@ def _check(section: Quantize, modules: dict[str, nn.Module], left_out: dict[str,
             "and it is not plain padding before the convolution; use torch's layers, or name them in "
             "quantize.exclude to leave them as they are"
         )
-    if section.format not in ("int4", "w4a8"):
+    if section.format not in LINEAR_ONLY:
         return
-    size = section.block_size
+    size = MICROSCALED.get(section.format, section.block_size)
     linear = {n: m.in_features for n, m in chosen.items() if isinstance(m, nn.Linear)}
     if odd := [f"{name} ({width})" for name, width in linear.items() if width % size]:
-        raise InputError(
-            f"quantize.block_size: {size} does not divide the inputs of {', '.join(odd)}; use a smaller one, "
-            "or name them in quantize.exclude"
-        )
+        where = f"the inputs of {', '.join(odd)}"
+        what = f"quantize.block_size: {size} does not divide {where}; use a smaller one, or"
+        if section.format in MICROSCALED:
+            what = f"quantize.format: blocks of {size} do not divide {where};"
+        raise InputError(f"{what} name them in quantize.exclude")
 
 
 def _nothing_slipped_by(model: nn.Module, names: list[str], chosen: set[str], section: Quantize) -> None:
@@ -231,7 +257,7 @@ def _nothing_slipped_by(model: nn.Module, names: list[str], chosen: set[str], se
     idle = [
         name.rpartition(".")[0]
         for name in names
-        if not name.endswith("weight_quantizer") and model.get_submodule(name).amax is None
+        if not name.endswith("weight_quantizer") and not hasattr(model.get_submodule(name), "_amax")
     ]
     if idle:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Export to ONNX with Q/DQ: weights folded to INT8, FP8 or INT4 storage, checked.
+"""Export to ONNX with Q/DQ: weights in the storage they are quantized to, checked.
 
 python -m flows optimize RECIPE     (stage `export`)
 """
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.build import Export, Precision
-from tasks import batches, cache, checkpoints, export_scales, outside, store, types, upstream
+from tasks import batches, cache, checkpoints, export_scales, microscaled, outside, store, types, upstream
 from tasks.artifacts import Checkpoint, Dataset, Facts, OnnxModel
 from tasks.blockwise import Block, lift, place
+from tasks.engines import microscale
 from tasks.engines.lowering import tensors
 from tasks.engines.lowering.split import load
 from tasks.errors import InputError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
+DEQUANTIZE = ("DequantizeLinear", microscale.MXFP8_DEQUANTIZE)
 EXTERNAL_DATA_PAST = 1 << 30  # bytes; protobuf ends at 2 GiB
 
 
@@ -46,13 +48,13 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
     kind = types.load(dataset.type)
     if section.kv_cache:
         kind, sample = cache.with_cache(model, kind, sample)
-    blocks = lift(model)
+    blocks, small = lift(model), microscaled.lift(model)
     values = outside.large(model, EXTERNAL_DATA_PAST)
     counts: list[Facts] = []
     with store.staging() as folder:
         for name, part in types.parts(kind).items():
             (folder / name).mkdir(exist_ok=True)
-            traced = _Traced(model, sample, part, blocks, dict(values), alone=not name)
+            traced = _Traced(model, sample, part, blocks, small, dict(values), alone=not name)
             _write(traced, section.opset, precision, folder / name)
             counts.append(_counts(load(folder / name / "model.onnx")))
             onnx.checker.check_model(str(folder / name / "model.onnx"), full_check=True)
@@ -69,6 +71,7 @@ class _Traced:
     sample: types.Example
     part: types.Graph
     blocks: dict[str, Block]
+    small: dict[str, microscaled.Layer]
     values: outside.Values
     alone: bool
 
@@ -87,6 +90,9 @@ def _write(of: _Traced, opset: int, precision: Precision, folder: Path) -> None:
     if precision != "fp32":
         graph = _half(graph, precision)
         outside.cast(graph, values)
+    named = {name for name in of.small if of.alone or microscaled.in_graph(graph, name)}
+    microscaled.place(graph, {name: layer for name, layer in of.small.items() if name in named})
+    values = outside.left(graph, values)
     if values:
         outside.write(graph, values, folder)
     else:
@@ -189,8 +195,8 @@ def _counts(model: onnx.ModelProto) -> Facts:
     sparse = [name for name, (tensor, turned) in weights.items() if _is_2_4(tensor, turned)]
     return {
         "nodes": sum(operators.values()),
-        "quantize_nodes": operators["QuantizeLinear"],
-        "dequantize_nodes": operators["DequantizeLinear"],
+        "quantize_nodes": sum(operators[kind] for kind in ("QuantizeLinear", *microscale.QUANTIZE)),
+        "dequantize_nodes": sum(operators[kind] for kind in DEQUANTIZE),
         "tensors": dict(sorted(types_.items())),
         "gemm_weights": len(weights),
         "sparse_weights": len(sparse),
@@ -218,7 +224,7 @@ def _gemm_weights(model: onnx.ModelProto) -> dict[str, tuple[onnx.TensorProto, b
         if node.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
         name, turned = node.input[1], _turns(node)
-        while name in producer and producer[name].op_type in ("DequantizeLinear", "Transpose", "Cast"):
+        while name in producer and producer[name].op_type in (*DEQUANTIZE, "Transpose", "Cast"):
             turned ^= producer[name].op_type == "Transpose"
             name = producer[name].input[0]
         if name in stored:

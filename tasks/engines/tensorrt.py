@@ -22,13 +22,13 @@ from tasks.engines import tensorrt_choose as choose
 from tasks.engines import tensorrt_weights as weights_of
 from tasks.engines.common import Arrays, Built, RefitError, Samples, graph_digest, model_file
 from tasks.engines.tensorrt_options import (
-    FP8_CAPABILITY,
     OPSET_8_6,
     Options,
     check,
     data_types,
     is_quantized,
     profiles_for,
+    too_old,
 )
 from tasks.engines.tensorrt_run import TensorRTSession, load, manifest_of, used_bytes
 from tasks.errors import InputError
@@ -54,21 +54,16 @@ def is_weakly_typed(runtime: str) -> bool:
     return found is not None and api.weakly_typed(flavor, found)
 
 
-def cannot(runtime: str, *, refit_always: bool, fp8: bool, opset: int) -> str:
+def cannot(runtime: str, *, refit_always: bool, format: str | None, opset: int) -> str:
     """Why this machine cannot do what a recipe asks, known without a model; "" when it can."""
     flavor, gpu = api.flavor(runtime), api.gpu()
     if refit_always and not api.can_execute(flavor):
         return no_refit(flavor)
-    if is_weakly_typed(runtime):
-        if fp8:
-            return f"quantize.format: fp8 needs TensorRT 10 or newer; here is {version(flavor)}: use int8"
-        if opset > OPSET_8_6:
-            return f"export.opset: TensorRT {version(flavor)} reads up to {OPSET_8_6}, not {opset}"
-    if fp8 and gpu is not None and gpu.capability < FP8_CAPABILITY:
-        return (
-            "quantize.format: fp8 needs compute capability 8.9 (Ada, Hopper or newer); "
-            f"here is {gpu}: use int8"
-        )
+    found = version(flavor)
+    if found and format and (doubt := too_old(format, flavor, found, gpu)):
+        return f"quantize.format: {doubt}"
+    if is_weakly_typed(runtime) and opset > OPSET_8_6:
+        return f"export.opset: TensorRT {found} reads up to {OPSET_8_6}, not {opset}"
     return ""
 
 

@@ -10,18 +10,24 @@ from typing import Literal
 
 import onnx
 
+from tasks.engines import microscale
 from tasks.engines.common import Samples
-from tasks.engines.tensorrt_api import Flavor, Gpu, weakly_typed
+from tasks.engines.tensorrt_api import Flavor, Gpu, numbers, weakly_typed
 from tasks.errors import InputError
 
 Shape = Sequence[int]
 Profile = Mapping[str, Mapping[str, Shape]]  # input -> {"min", "opt", "max"}
 
 FP8 = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2}
-NEW_TYPES = {*FP8, onnx.TensorProto.BFLOAT16, onnx.TensorProto.INT4}
-QUANTIZED = {onnx.TensorProto.INT8, onnx.TensorProto.INT4, *FP8}
+FP4 = onnx.TensorProto.FLOAT4E2M1
+NEW_TYPES = {*FP8, FP4, onnx.TensorProto.BFLOAT16, onnx.TensorProto.INT4}
+QUANTIZED = {onnx.TensorProto.INT8, onnx.TensorProto.INT4, FP4, *FP8}
 OPSET_8_6 = 17
-FP8_CAPABILITY = (8, 9)
+CAPABILITY = {"fp8": (8, 9), "nvfp4": (10, 0), "mxfp8": (10, 0)}
+NAMES = {(8, 9): "Ada, Hopper or newer", (10, 0): "Blackwell or newer"}
+VERSION = {"fp8": (10,), "nvfp4": (10, 8), "mxfp8": (10, 8)}
+"""The first compute capability and TensorRT of a format; TensorRT for RTX reads them all."""
+RTX_CAPABILITY = {"mxfp8": (8, 9)}  # where its plans build earlier
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,29 @@ def is_quantized(model: onnx.ModelProto) -> bool:
     return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
 
 
+def format_of(model: onnx.ModelProto) -> str:
+    """The format in `CAPABILITY` that the graph is in; "" for any other."""
+    operators = {node.op_type for node in model.graph.node}
+    for format, operator in (("nvfp4", microscale.FP4_QUANTIZE), ("mxfp8", microscale.MXFP8_QUANTIZE)):
+        if operator in operators:
+            return format
+    return "fp8" if data_types(model) & FP8 else ""
+
+
+def too_old(format: str, flavor: Flavor, version: str, gpu: Gpu | None) -> str:
+    """Why this TensorRT on this GPU cannot build a format; "" when it can."""
+    least = VERSION.get(format, ())
+    if flavor == "tensorrt" and numbers(version) < least:
+        return f"{format} needs TensorRT {'.'.join(map(str, least))} or newer; here is {version}: use int8"
+    capability = CAPABILITY.get(format)
+    if flavor == "tensorrt_rtx":
+        capability = RTX_CAPABILITY.get(format, capability)
+    if capability and gpu is not None and gpu.capability < capability:
+        needs = f"{format} needs compute capability {'.'.join(map(str, capability))} ({NAMES[capability]})"
+        return f"{needs}; here is {gpu}: use {'int8' if format == 'fp8' else 'fp8 or int8'}"
+    return ""
+
+
 def half_scales(model: onnx.ModelProto) -> bool:
     """True when a quantizer's scale is stored as FP16."""
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -114,11 +143,8 @@ def check(
             raise InputError(f"individual and identical refits need TensorRT 10; here is {version}")
     elif options.half:
         raise InputError(f"half: {flavor} {version} takes precision from the graph; export it as FP16")
-    if types & FP8 and gpu is not None and gpu.capability < FP8_CAPABILITY:
-        raise InputError(
-            f"{path} is FP8, which needs compute capability 8.9 (Ada, Hopper or newer); here is {gpu}: "
-            "use an INT8 variant"
-        )
+    if doubt := too_old(format_of(model), flavor, version, gpu):
+        raise InputError(f"{path}: {doubt}")
     if options.builds < 1 or (options.builds > 1 and gpu is None):
         raise InputError(f"builds: {options.builds} needs a GPU to find the fastest on; use 1")
 

@@ -11,6 +11,7 @@ import onnx
 import onnx.version_converter
 from onnx import numpy_helper
 
+from tasks.engines import microscale
 from tasks.engines.common import Arrays, RefitError, Samples, Session
 from tasks.engines.tensorrt_options import opset
 
@@ -54,14 +55,14 @@ def evaluate(graph: onnx.ModelProto, samples: Samples) -> list[dict[str, np.ndar
     graph = widened(graph)
     if opset(graph) < EVALUATED:
         graph = onnx.version_converter.convert_version(graph, EVALUATED)
-    evaluator = ReferenceEvaluator(graph, new_ops=[_sigmoid()])
+    evaluator = ReferenceEvaluator(graph, new_ops=[*_mended(), *microscale.operators()])
     names = list(evaluator.output_names)
     rows: list[Any] = [evaluator.run(None, dict(sample)) for sample in samples]
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _sigmoid() -> Any:
-    """Sigmoid on whole arrays: older evaluators compute it number by number, minutes for a transformer."""
+def _mended() -> list[Any]:
+    """Sigmoid, which older evaluators compute number by number, and GatherElements of more than 64 rows."""
     from onnx.reference.op_run import OpRun
 
     class Sigmoid(OpRun):
@@ -71,7 +72,16 @@ def _sigmoid() -> Any:
             small = np.exp(-np.abs(x))
             return (np.where(x > 0, 1 / (1 + small), small / (1 + small)).astype(x.dtype),)
 
-    return Sigmoid
+    class GatherElements(OpRun):
+        op_domain = ""
+
+        def _run(self, data: np.ndarray, indices: np.ndarray, axis: int = 0) -> tuple[np.ndarray]:
+            whole = tuple(
+                slice(None) if k == axis % data.ndim else slice(n) for k, n in enumerate(indices.shape)
+            )
+            return (np.take_along_axis(data[whole], indices, axis),)
+
+    return [Sigmoid, GatherElements]
 
 
 def widened(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -88,7 +98,7 @@ def widened(model: onnx.ModelProto) -> onnx.ModelProto:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 _widen(attribute.t)
-            elif attribute.name == "to" and attribute.i == HALF:
+            elif attribute.name in ("to", "output_dtype") and attribute.i == HALF:
                 attribute.i = FLOAT
     return out
 

@@ -1,0 +1,208 @@
+"""FP8, NVFP4 and MXFP8 on a GPU through the pipeline's own stages: calibrated, trained, restored, exported.
+
+python -m benchmarks.gpu_formats OUT_FOLDER [--small] [--only FORMAT …]
+
+A BERT with random weights (335 million parameters, or some 5 million) over bytes: no accuracy, but whether
+what was saved computes the same, how far each format moves the logits, whether the codes that are exported
+are those that the GPU's kernels compute with, what the ONNX holds. OUT_FOLDER gets `report.json`, and for
+each format FORMAT.onnx (FP16) and FORMAT.npz: a batch, and the network's logits before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import gpu
+from recipes.build import Export
+from recipes.compress import Finetune, Quantize
+from tasks import batches, calibrate, checkpoints, finetune, microscaled, store
+from tasks.artifacts import Checkpoint, Dataset, OnnxModel
+from tasks.engines import microscale, tensorrt_parity
+from tasks.export import export
+
+FORMATS = ("fp8", "nvfp4", "mxfp8")
+SMALL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
+LAYER = "bert.encoder.layer.0.intermediate.dense"
+
+
+def small(labels: int) -> Any:
+    """A BERT over bytes whose ONNX file is some megabytes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=256, num_labels=labels, attn_implementation="eager", **SMALL)
+    return BertForSequenceClassification(config)
+
+
+def logits(model: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Of a batch, on this machine's device."""
+    import torch
+
+    model.to(checkpoints.device()).eval()
+    with torch.no_grad():
+        found = model(**{key: value.to(model.device) for key, value in batches.tensors(batch).items()})
+    return np.asarray(found.logits.float().cpu())
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """Of all logits as one vector."""
+    return float((one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
+def timed(report: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns; its seconds and peak device memory go into the report."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    found = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        report[f"{name}_peak_bytes"] = torch.cuda.max_memory_allocated()
+    report[f"{name}_seconds"] = time.perf_counter() - start
+    return found
+
+
+def one(format: str, start: Checkpoint, data: Dataset, out: Path, report: dict[str, Any]) -> None:
+    """Every step of one format; the report holds what was found so far."""
+    section = Quantize(format=format, batch_size=gpu.BATCH, exclude=("classifier",))
+    batch = batches.samples(data, batches.preprocessor(start), count=1)[0]
+    plain = logits(checkpoints.restore(start)[0], batch)
+    saved = timed(report, "calibrate", lambda: calibrate.calibrate.fn(start, data, section))
+    report["quantizers"] = checkpoints.counted(checkpoints.quantizers(checkpoints.restore(saved)[0]))
+
+    # Calibrated again without saving: the same numbers, or the checkpoint lost something.
+    model = checkpoints.restore(start)[0].to(checkpoints.device())
+    loop = batches.forward_loop(data, batches.preprocessor(start), gpu.BATCH, "calibrate")
+    kept = logits(calibrate.quantized(model, section, loop), batch)
+    restored = checkpoints.restore(saved)[0]
+    again = logits(restored, batch)
+    report |= {"restored_bit_equal": bool((kept == again).all()), "cosine": cosine(plain, again)}
+    report["largest_difference"] = float(np.abs(plain - again).max())
+    if format != "fp8":
+        attempt(report, "codes", lambda: codes(restored))
+
+    model_file = timed(report, "export", lambda: export.fn(saved, data, Export(opset=23), "fp16"))
+    report["onnx"] = described(model_file, out / f"{format}.onnx")
+    arrays: dict[str, Any] = {**batch, "plain": plain, "quantized": again}
+    np.savez(out / f"{format}.npz", **arrays)
+    attempt(report, "evaluated", lambda: evaluated(model_file, batch, again))
+    attempt(report, "qat", lambda: trained(saved, data, batch))
+
+
+def codes(model: Any) -> dict[str, Any]:
+    """How many values the GPU's kernels and the exported codes disagree on, of weights and of one input."""
+    import torch
+
+    apart, count, most = 0, 0, 0.0
+    taken = {}
+    for name, module in model.named_modules():
+        if (
+            microscaled.scale_bits(getattr(module, "weight_quantizer", None))
+            and module.weight_quantizer.is_enabled
+        ):
+            with torch.no_grad():
+                taken[name] = module.weight_quantizer(module.weight).float().cpu().numpy()
+    quantizer = model.get_submodule(LAYER).input_quantizer
+    values = torch.randn(64, model.get_submodule(LAYER).in_features, device=checkpoints.device())
+    with torch.no_grad():
+        given = quantizer(values).float().cpu().numpy()
+    wanted = dequantized(values.cpu().numpy(), quantizer)
+    for name, layer in microscaled.lift(model).items():
+        meant = microscaled.values(layer)
+        apart, count = apart + int((meant != taken[name]).sum()), count + meant.size
+        most = max(most, float(np.abs(meant - taken[name]).max() / np.abs(taken[name]).max()))
+    inputs = {"values": given.size, "apart": int((given != wanted).sum())}
+    return {"layers": len(taken), "weights": count, "apart": apart, "most": most, "inputs": inputs}
+
+
+def dequantized(values: np.ndarray, quantizer: Any) -> np.ndarray:
+    """What the exported graph makes of an input."""
+    if microscaled.scale_bits(quantizer) == microscaled.E8M0_SCALES:
+        return microscale.mxfp8_values(*microscale.mxfp8(values))
+    scale = microscale.global_scale(float(quantizer.amax))
+    return microscale.nvfp4_values(*microscale.nvfp4(values, scale), scale)
+
+
+def described(model: OnnxModel, copy: Path) -> dict[str, Any]:
+    """Bytes, operators and stored types; the file is copied."""
+    import onnx
+
+    source = store.path(model.blob) / "model.onnx"
+    shutil.copy(source, copy)
+    graph = onnx.load(source)
+    kinds = Counter(f"{node.domain or 'ai.onnx'}::{node.op_type}" for node in graph.graph.node)
+    stored: Counter[str] = Counter()
+    for tensor in graph.graph.initializer:
+        stored[onnx.TensorProto.DataType.Name(tensor.data_type)] += int(np.prod(tensor.dims))
+    return {
+        "bytes": source.stat().st_size,
+        "opsets": {entry.domain: entry.version for entry in graph.opset_import},
+        "nodes": dict(kinds),
+        "values": dict(stored),
+        "facts": model.facts,
+    }
+
+
+def evaluated(model: OnnxModel, batch: dict[str, np.ndarray], wanted: np.ndarray) -> dict[str, float]:
+    """The exported graph by ONNX's own evaluator on the CPU, beside the network on the GPU."""
+    got = tensorrt_parity.reference(store.path(model.blob) / "model.onnx", [batch])[0]["logits"]
+    return {"cosine": cosine(got, wanted), "largest_difference": float(np.abs(got - wanted).max())}
+
+
+def trained(saved: Checkpoint, data: Dataset, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A short QAT, restored and exported."""
+    report: dict[str, Any] = {}
+    section = Finetune(epochs=1, batch_size=8, learning_rate=1e-4)
+    after = timed(report, "train", lambda: finetune.finetune.fn(saved, data, section))
+    values = logits(checkpoints.restore(after)[0], batch)
+    model = export.fn(after, data, Export(opset=23), "fp16")
+    losses = [row["loss"] for row in after.facts["curve"] if "loss" in row]
+    return report | {"losses": losses[:3] + losses[-3:], "evaluated": evaluated(model, batch, values)}
+
+
+def attempt(report: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
+    """The part's result, or its traceback: the others go on."""
+    try:
+        report[name] = work()
+    except Exception:
+        report[name] = {"error": traceback.format_exc()[-4000:]}
+
+
+def main() -> None:
+    """Each format in turn; the report is written after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", nargs="*", default=FORMATS)
+    given = parser.parse_args()
+    if given.small:
+        os.environ["BENCHMARK_SMALL"] = "1"
+    os.environ.setdefault("ENGINEHOUSE_HOME", tempfile.mkdtemp())
+    store.prepare()
+    given.out.mkdir(parents=True, exist_ok=True)
+    function = "benchmarks.gpu_formats:small" if given.small else "benchmarks.gpu:network"
+    start, data = gpu.prepared(function)
+    report: dict[str, Any] = {"device": gpu.device(), "parameters": start.facts["parameters"]}
+    for format in given.only:
+        found = report.setdefault(format, {})
+        attempt(found, "failed", lambda: one(format, start, data, given.out, found))  # noqa: B023
+        (given.out / "report.json").write_text(json.dumps(report, indent=1, default=str))
+        print(format, json.dumps(found, default=str)[:3000], flush=True)
+
+
+if __name__ == "__main__":
+    main()
