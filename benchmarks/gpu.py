@@ -1,11 +1,14 @@
-"""Calibration, SparseGPT and QAT on a GPU, against the same calls in a bare script.
+"""Calibration, SparseGPT and QAT on a GPU, against the same calls in a bare script; two GPUs against one.
 
-python -m benchmarks.gpu REPORT.json [PART …] [--small]     parts: calibrate, sparsegpt, qat
+python -m benchmarks.gpu REPORT.json [PART …] [--small]     parts: calibrate, sparsegpt, qat, processes
 
 A BERT of 335 million parameters (BERT-large's shape, bytes as tokens, random weights: speed and memory
 only). "Pipeline" is the stage's own function, without Prefect's few milliseconds; "bare" is what one would
-type into a script with ModelOpt and the Trainer, on the same rows in the same batches. They take turns, the
-first of which (compilation of kernels) is left out. `--small` tries the script out on a CPU.
+type into a script with ModelOpt and the Trainer, on the same rows in the same batches. They take turns; the
+first (compilation of kernels) does not count. `steady` is samples a second between the first and the last
+line of a training's log, without what stands before and after the steps. `processes` is INT8 QAT of the same
+network in one process, two (DDP) and two (FSDP2), on as many GPUs: throughput, last validation loss, and the
+accuracy of its weights. `--small` tries the script out on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.compress import Finetune, Quantize, Sparsify
-from tasks import batches, calibrate, checkpoints, layers, sparsify, store, training
+from tasks import batches, calibrate, checkpoints, layers, processes, sparsify, store, training
 from tasks.artifacts import Checkpoint, Dataset
 
 if TYPE_CHECKING:
@@ -31,8 +34,12 @@ if TYPE_CHECKING:
 TASK, LENGTH, LABELS = "text-classification", 128, ("left", "right")
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-ROWS = {"calibration": 1024, "train": 1600, "test": 8}
+ROWS = {"calibration": 1024, "train": 3200, "test": 8}
+HELD_OUT = {"validation": 320, "test": 960}
+Ticks = list[tuple[int, float]]
+Work = Callable[[Ticks], int]
 BATCH, TURNS = 32, 2
+OWN = 0.6  # of a text's letters
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -45,8 +52,13 @@ def network(labels: int) -> Any:
     return BertForSequenceClassification(config)
 
 
-def prepared(function: str = "benchmarks.gpu:network") -> tuple[Checkpoint, Dataset]:
-    """Untrained weights of a network over bytes, and random sentences, in the store."""
+def prepared(
+    function: str = "benchmarks.gpu:network", wanted: dict[str, int] = ROWS
+) -> tuple[Checkpoint, Dataset]:
+    """Untrained weights of a network over bytes, and sentences of random letters, in the store.
+
+    Three of five letters are of the label's half of the alphabet, so there is something to learn.
+    """
     import shutil
 
     import pyarrow
@@ -61,12 +73,13 @@ def prepared(function: str = "benchmarks.gpu:network") -> tuple[Checkpoint, Data
         checkpoint = checkpoints.save(model, config, folder, TASK, facts)
     random = np.random.default_rng(0)
     small = 64 if os.environ.get("BENCHMARK_SMALL") else 1
-    rows = {part: max(count // small, 8) for part, count in ROWS.items()}
+    rows = {part: max(count // small, 8) for part, count in wanted.items()}
     with store.staging() as folder:
         for part, count in rows.items():
-            letters = random.integers(97, 123, (count, LENGTH)).astype(np.uint8)
-            texts = [bytes(row).decode() for row in letters]
-            table = {"text": texts, "label": random.integers(0, 2, count)}
+            labels = random.integers(0, 2, count)
+            half = (random.random((count, LENGTH)) < OWN) == (labels[:, None] == 1)
+            letters = (97 + 13 * half + random.integers(0, 13, (count, LENGTH))).astype(np.uint8)
+            table = {"text": [bytes(row).decode() for row in letters], "label": labels}
             pq.write_table(pyarrow.table(table), folder / f"{part}.parquet")
         return checkpoint, Dataset(store.commit(folder), TASK, LABELS, rows)
 
@@ -108,8 +121,9 @@ def one(part: str, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    ticks: Ticks = []
     start = time.perf_counter()
-    samples = work()
+    samples = work(ticks)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -118,21 +132,28 @@ def one(part: str, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset
         "quantizers": len(checkpoints.quantizers(model)),
         "sparse": len(checkpoints.sparse_modules(model)),
     }
-    return {"seconds": seconds, "samples_per_second": samples / seconds, "peak_bytes": memory, **made}
+    found = {"seconds": seconds, "samples_per_second": samples / seconds, "peak_bytes": memory, **made}
+    return found | steady(ticks)
 
 
-def of_calibrate(
-    model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset
-) -> Callable[[], int]:
+def steady(ticks: Ticks) -> dict[str, float]:
+    """Samples a second between the first and the last line of a training's log."""
+    if len(ticks) < 2:
+        return {}
+    (first, start), (last, end) = ticks[0], ticks[-1]
+    return {"steady": (last - first) * BATCH / (end - start)}
+
+
+def of_calibrate(model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> Work:
     """Quantizers whose ranges are settled by every calibration row."""
     section = Quantize(format=kind, batch_size=BATCH, exclude=("classifier",))
 
-    def pipeline() -> int:
+    def pipeline(ticks: Ticks) -> int:
         loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), BATCH, "calibrate")
         calibrate.quantized(model, section, loop)
         return dataset.rows["calibration"]
 
-    def bare() -> int:
+    def bare(ticks: Ticks) -> int:
         import modelopt.torch.quantization as mtq
         import torch
 
@@ -147,18 +168,16 @@ def of_calibrate(
     return pipeline if who == "pipeline" else bare
 
 
-def of_sparsegpt(
-    model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset
-) -> Callable[[], int]:
+def of_sparsegpt(model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> Work:
     """A 2:4 mask by SparseGPT."""
     section = Sparsify(method="sparsegpt", exclude=("classifier",))
 
-    def pipeline() -> int:
+    def pipeline(ticks: Ticks) -> int:
         loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), BATCH, "sparsify")
         sparsify.prune(model, section, loop)
         return dataset.rows["calibration"]
 
-    def bare() -> int:
+    def bare(ticks: Ticks) -> int:
         import modelopt.torch.sparsity as mts
 
         rules: dict[str, Any] = {"nn.Linear": {"*": {}, "classifier": None}}
@@ -168,31 +187,37 @@ def of_sparsegpt(
     return pipeline if who == "pipeline" else bare
 
 
-def of_qat(model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> Callable[[], int]:
+def of_qat(model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> Work:
     """Training with the quantizers on, the network read from its checkpoint first."""
     section = Quantize(format=kind, batch_size=BATCH, exclude=("classifier",))
     quantized = calibrate.calibrate.fn(checkpoint, dataset, section)
     settings = Finetune(epochs=1, batch_size=BATCH)
     scratch = Path(tempfile.mkdtemp())
 
-    def pipeline() -> int:
-        training.train(training.Job(quantized, dataset, settings, None, scratch), lambda step, losses: None)
+    def pipeline(ticks: Ticks) -> int:
+        job = training.Job(quantized, dataset, settings, None, scratch)
+        training.train(job, lambda step, _: ticks.append((step, time.perf_counter())))
         return dataset.rows["train"]
 
-    def bare() -> int:
+    def bare(ticks: Ticks) -> int:
         network, _ = checkpoints.restore(quantized)
-        _bare_trainer(network, checkpoint, dataset, settings, scratch).train()
+        _bare_trainer(network, checkpoint, dataset, settings, scratch, ticks).train()
         return dataset.rows["train"]
 
     return pipeline if who == "pipeline" else bare
 
 
 def _bare_trainer(
-    model: Any, checkpoint: Checkpoint, dataset: Dataset, section: Finetune, scratch: Path
+    model: Any, checkpoint: Checkpoint, dataset: Dataset, section: Finetune, scratch: Path, ticks: Ticks
 ) -> Any:
     """The Trainer as its documentation has it, with the same schedule."""
     import pyarrow.parquet as pq
-    from transformers import AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in (logs or {}):
+                ticks.append((state.global_step, time.perf_counter()))
 
     tokenizer = AutoTokenizer.from_pretrained(batches.preprocessor(checkpoint))
     table = pq.read_table(store.path(dataset.blob) / "train.parquet").to_pydict()
@@ -215,10 +240,10 @@ def _bare_trainer(
         report_to=[],
         logging_steps=max(1, steps // 50),
     )
-    return Trainer(model=model, args=arguments, train_dataset=rows)
+    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Told()])
 
 
-PARTS: dict[str, Callable[..., Callable[[], int]]] = {
+PARTS: dict[str, Callable[..., Work]] = {
     "calibrate": of_calibrate,
     "sparsegpt": of_sparsegpt,
     "qat": of_qat,
@@ -226,11 +251,56 @@ PARTS: dict[str, Callable[..., Callable[[], int]]] = {
 KINDS = {"calibrate": ("int8", "fp8"), "sparsegpt": ("2:4",), "qat": ("int8", "fp8")}
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "two, ddp": {"processes": 2},
+    "two, fsdp2": {"processes": 2, "shard": "fsdp2"},
+}
+
+
+def of_processes(way: str) -> dict[str, Any]:
+    """INT8 QAT to its end: throughput, the loss on held-out rows, the accuracy of what was saved."""
+    checkpoint, dataset = prepared(wanted=ROWS | HELD_OUT)
+    section = Quantize(format="int8", batch_size=BATCH, exclude=("classifier",))
+    quantized = calibrate.calibrate.fn(checkpoint, dataset, section)
+    settings = Finetune(epochs=1, batch_size=BATCH, evaluations=1, **WAYS[way])
+    ticks: Ticks = []
+
+    def tell(step: int, losses: dict[str, float]) -> None:
+        if "loss" in losses:
+            ticks.append((step, time.perf_counter()))
+
+    job = training.Job(quantized, dataset, settings, None, Path(tempfile.mkdtemp()))
+    start = time.perf_counter()
+    trained = (training if settings.processes == 1 else processes).train(job, tell)
+    found = {"seconds": time.perf_counter() - start, **trained.facts["validation_loss"], **steady(ticks)}
+    model, _ = checkpoints.restore(quantized)
+    model.load_state_dict(trained.weights)
+    return found | {"accuracy": accuracy(model.to(checkpoints.device()), checkpoint, dataset)}
+
+
+def accuracy(model: Any, checkpoint: Checkpoint, dataset: Dataset) -> float:
+    """The share of test rows that are told right."""
+    import torch
+
+    right = 0
+    rows, labels = batches.examples(dataset, "test", batches.preprocessor(checkpoint))
+    collate = training.Collator(TASK)
+    for k in range(0, len(rows), BATCH):
+        given = zip(rows[k : k + BATCH], labels[k : k + BATCH], strict=True)
+        batch = collate([{**row, "label": int(label)} for row, label in given])
+        wanted = batch.pop("labels")
+        with torch.no_grad():
+            logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        right += int((logits.argmax(1).cpu() == wanted).sum())
+    return right / len(rows)
+
+
 def main() -> None:
     """Each measurement in turns; the report is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("report", type=Path)
-    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("parts", nargs="*", default=[*PARTS, "processes"])
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if given.small:
@@ -239,13 +309,18 @@ def main() -> None:
     store.prepare()
     checkpoint, dataset = prepared()
     report: dict[str, Any] = {"device": device(), "parameters": checkpoint.facts["parameters"]}
-    for part, kind in ((name, kind) for name in given.parts for kind in KINDS[name]):
-        for turn in range(1 + TURNS):
+
+    def add(title: str, row: dict[str, Any]) -> None:
+        report.setdefault(title, []).append(row)
+        given.report.write_text(json.dumps(report, indent=1))
+        print(title, json.dumps(row), flush=True)
+
+    for part, kind in ((name, kind) for name in given.parts if name in PARTS for kind in KINDS[name]):
+        for _ in range(1 + TURNS):
             for who in ("pipeline", "bare"):
-                row = one(part, who, kind, checkpoint, dataset)
-                report.setdefault(f"{part} {kind} {who}", []).append(row)
-                given.report.write_text(json.dumps(report, indent=1))
-                print(part, kind, who, turn, json.dumps(row)[:1500], flush=True)
+                add(f"{part} {kind} {who}", one(part, who, kind, checkpoint, dataset))
+    for way in WAYS if "processes" in given.parts else ():
+        add(f"processes {way}", of_processes(way))
 
 
 def device() -> str:

@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Observations:
     """What so many rows did to the inputs of a network's layers (`tasks.observe`)."""
 
     blob: Blob

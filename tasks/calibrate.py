@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.compress import MICROSCALED, Quantize
 from tasks import auto_precision, batches, checkpoints, layers, observe, store
-from tasks.artifacts import Checkpoint, Dataset, Statistics
+from tasks.artifacts import Checkpoint, Dataset, Observations
 from tasks.errors import InputError
 from tasks.stage import stage
 
@@ -36,11 +36,11 @@ BMM = ("q_bmm_quantizer", "k_bmm_quantizer", "p_bmm_quantizer", "v_bmm_quantizer
     uses=("torch", "nvidia-modelopt", "transformers"), name="calibrate", gpu=True, timeout_seconds=3 * 3600
 )
 def calibrate(
-    checkpoint: Checkpoint, dataset: Dataset, section: Quantize, statistics: Statistics | None = None
+    checkpoint: Checkpoint, dataset: Dataset, section: Quantize, observations: Observations | None = None
 ) -> Checkpoint:
     """Quantize every linear layer, convolution and (where asked) embedding that is not excluded.
 
-    The statistics are those that `needs(section)` names; without them the rows run here.
+    The observations are those that `needs(section)` names; without them the rows run here.
     """
     check_calibration(section)
     model, config = checkpoints.restore(checkpoint)
@@ -55,7 +55,7 @@ def calibrate(
         section = section.model_copy(update={"exclude": (*section.exclude, *auto.left)})
         left_out |= dict.fromkeys(auto.left, "kept for what it does to the loss (quantize.effective_bits)")
     loop = batches.forward_loop(dataset, batches.preprocessor(checkpoint), section.batch_size, "calibrate")
-    model = quantized(model, section, loop, observe.read(statistics) if statistics else None)
+    model = quantized(model, section, loop, observe.read(observations) if observations else None)
     names = checkpoints.quantizers(model)
     _nothing_slipped_by(model, names, set(looked_at) - set(left_out), section)
     assert checkpoints.sparsity(model) == pruned

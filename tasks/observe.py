@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks import batches, checkpoints, layers, store
-from tasks.artifacts import Checkpoint, Dataset, Statistics
+from tasks.artifacts import Checkpoint, Dataset, Observations
 from tasks.stage import stage
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     Loop = Callable[[nn.Module], None]
 
 Kind = Literal["ranges", "histograms"]
-FILE = "statistics.safetensors"
+FILE = "observations.safetensors"
 
 
 @stage(uses=("torch", "nvidia-modelopt", "transformers"), name="observe", gpu=True, timeout_seconds=3 * 3600)
-def observe(checkpoint: Checkpoint, dataset: Dataset, batch_size: int, kind: Kind) -> Statistics:
+def observe(checkpoint: Checkpoint, dataset: Dataset, batch_size: int, kind: Kind) -> Observations:
     """Run every calibration row through the network as it is."""
     from safetensors.torch import save_file
 
@@ -37,14 +37,14 @@ def observe(checkpoint: Checkpoint, dataset: Dataset, batch_size: int, kind: Kin
     found = observed(model, kind, loop)
     with store.staging() as folder:
         save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, folder / FILE)
-        return Statistics(store.commit(folder), kind, dataset.rows["calibration"])
+        return Observations(store.commit(folder), kind, dataset.rows["calibration"])
 
 
-def read(statistics: Statistics) -> dict[str, Tensor]:
+def read(observations: Observations) -> dict[str, Tensor]:
     """What `observed` returned."""
     from safetensors.torch import load_file
 
-    found: dict[str, Tensor] = load_file(store.path(statistics.blob) / FILE)
+    found: dict[str, Tensor] = load_file(store.path(observations.blob) / FILE)
     return found
 
 

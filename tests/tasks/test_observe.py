@@ -46,8 +46,8 @@ def test_ranges_are_those_of_modelopts_own_calibration(text: Any, given: dict[st
     import modelopt.torch.quantization as mtq
 
     section = Quantize(**given)
-    statistics = observe.fn(text.checkpoint, text.dataset, section.batch_size, "ranges")
-    found = of(calibrate.fn(text.checkpoint, text.dataset, section, statistics))
+    seen = observe.fn(text.checkpoint, text.dataset, section.batch_size, "ranges")
+    found = of(calibrate.fn(text.checkpoint, text.dataset, section, seen))
     model, _ = checkpoints.restore(text.checkpoint)
     loop = batches.forward_loop(text.dataset, batches.preprocessor(text.checkpoint), 32, "own")
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_weights_alone_need_no_rows(text: Any, monkeypatch: pytest.MonkeyPatch) 
     assert all(end is not None for end in found.values())
 
 
-def test_statistics_of_padded_and_folded_layers_name_them(image: Any) -> None:
+def test_observations_of_padded_and_folded_layers_name_them(image: Any) -> None:
     found = read(observe.fn(image.checkpoint, image.dataset, 16, "ranges"))
     model, _ = checkpoints.restore(image.checkpoint)
     assert set(found) == set(layers.quantizable(model))
