@@ -1,0 +1,309 @@
+"""NVFP4 and MXFP8 from network to graph and plan. Without a GPU, NumPy stands in for ModelOpt's kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from recipes.build import Build, Export
+from recipes.compress import Finetune, Quantize, Sparsify
+from tasks import batches, calibrate, checkpoints, microscaled, store, types
+from tasks import export as export_module
+from tasks.artifacts import Checkpoint, OnnxModel
+from tasks.build import build, host, installed
+from tasks.engines import microscale, tensorrt, tensorrt_parity
+from tasks.errors import InputError
+from tasks.export import export
+from tasks.finetune import finetune
+from tasks.sparsify import sparsify
+
+FORMATS = ("nvfp4", "mxfp8")
+NEW = Export(opset=23)
+needs_rtx = pytest.mark.skipif(installed("tensorrt-rtx") is None, reason="tensorrt-rtx is not installed")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has a GPU here")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: ModelOpt's kernels")
+
+
+def fake(values: np.ndarray, format: str, end: float) -> np.ndarray:
+    """What a quantizer makes of values."""
+    if format == "mxfp8":
+        return microscale.mxfp8_values(*microscale.mxfp8(values))
+    scale = microscale.global_scale(end)
+    return microscale.nvfp4_values(*microscale.nvfp4(values, scale), scale)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModelOpt's kernels, in NumPy where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    from modelopt.torch.quantization import tensor_quant
+
+    def kernel(inputs: Any, block: int, amax: Any, bits: int, exponent: int, *scale: int) -> Any:
+        end = 0.0 if amax is None else float(amax)
+        found = fake(inputs.detach().float().numpy(), "mxfp8" if scale[1] == 8 else "nvfp4", end)
+        return torch.from_numpy(found).to(inputs.dtype)
+
+    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", kernel)
+    monkeypatch.setattr(calibrate, "check_calibration", lambda section: None)
+
+
+def calibrated(case: Any, format: Any, start: Checkpoint | None = None) -> Checkpoint:
+    return calibrate.calibrate.fn(start or case.checkpoint, case.dataset, Quantize(format=format))
+
+
+def logits(checkpoint: Checkpoint, batch: dict[str, np.ndarray]) -> np.ndarray:
+    model = checkpoints.restore(checkpoint)[0].to(checkpoints.device())
+    given = {name: tensor.to(checkpoints.device()) for name, tensor in batches.tensors(batch).items()}
+    with torch.no_grad():
+        found = model(**given)
+    return np.asarray(getattr(found, "logits", found).cpu())
+
+
+def sample(case: Any) -> dict[str, np.ndarray]:
+    return batches.samples(case.dataset, batches.preprocessor(case.checkpoint), count=1)[0]
+
+
+def evaluated(model: OnnxModel, batch: dict[str, np.ndarray]) -> np.ndarray:
+    """The graph by ONNX's own evaluator."""
+    return tensorrt_parity.reference(store.path(model.blob) / "model.onnx", [batch])[0]["logits"]
+
+
+@no_gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_cpu_refuses_to_calibrate_before_anything_is_read(
+    format: Any, monkeypatch: pytest.MonkeyPatch, optimize: Any
+) -> None:
+    from flows import optimize as flow
+
+    def unreached(*_: Any) -> None:
+        raise AssertionError("data were read")
+
+    monkeypatch.setattr(flow, "content", unreached)
+    says = f"{format} needs an NVIDIA GPU with PyTorch's CUDA.*TensorRT 10.8 or newer.*10.0 or newer"
+    with pytest.raises(InputError, match=says):
+        optimize("sentiment-minilm-nvfp4", f"quantize.format={format}")
+
+
+@no_gpu
+@pytest.mark.parametrize("stage", ["calibrate", "recalibrate"])
+def test_nor_does_a_stage_on_its_own(stage: str, image: Any) -> None:
+    with pytest.raises(InputError, match="nvfp4 needs an NVIDIA GPU"):
+        getattr(calibrate, stage).fn(image.checkpoint, image.dataset, Quantize(format="nvfp4"))
+
+
+@no_gpu
+def test_modelopt_itself_still_calibrates_on_a_cpu_and_then_fails() -> None:
+    """When this fails, ModelOpt has CPU kernels or refuses by itself: `check_calibration` can change."""
+    network = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    rows = torch.randn(4, 32)
+    calibrate.quantized(network, Quantize(format="nvfp4"), lambda net: net(rows))
+    assert len(checkpoints.quantizers(network)) == 2
+    with pytest.raises(AssertionError, match="CUDA"):
+        network(rows)
+
+
+def test_the_numbers_are_those_of_modelopts_stored_tensors() -> None:
+    from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128) * torch.logspace(-6, 0, 64)[:, None]
+    end = torch.tensor(weight.abs().max().item() / 2)  # QAT moves weights past their range
+    scale = microscale.global_scale(float(end))
+    tensor, scales, whole = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=end / (6 * 448))
+    wanted = tensor.dequantize(torch.float32, scale=scales, double_scale=whole, block_sizes={-1: 16})
+    got = microscale.nvfp4_values(*microscale.nvfp4(weight.numpy(), scale), scale)
+    kept = (
+        np.repeat(scales.float().numpy() * scale, 16, axis=1) >= microscale.SMALLEST_STEP
+    )  # the kernel's own
+    assert 0.5 < kept.mean() < 1
+    assert not got[~kept].any()
+    np.testing.assert_allclose(got[kept], wanted.numpy()[kept], rtol=1e-6)
+
+    packed, exponents = MXFP8QTensor.quantize(weight)
+    codes, found = microscale.mxfp8(weight.numpy())
+    np.testing.assert_array_equal(found, exponents.numpy())
+    np.testing.assert_array_equal(codes.astype(np.float32), packed._quantized_data.float().numpy())
+
+
+def test_empty_blocks_have_scales_above_zero_and_no_values() -> None:
+    values = np.zeros((2, 64), np.float32)
+    values[1] = 3.0
+    for format in FORMATS:
+        np.testing.assert_array_equal(fake(values, format, 3.0)[0], 0)
+        np.testing.assert_allclose(fake(values, format, 3.0)[1], 3.0, rtol=0.07)
+    assert (microscale.nvfp4(values, 1e-3)[1].astype(np.float32) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("format", "stored"),
+    [("nvfp4", {"FLOAT4E2M1": 14, "FLOAT8E4M3FN": 14}), ("mxfp8", {"FLOAT8E4M3FN": 14, "UINT8": 14})],
+)
+def test_the_graph_computes_what_the_network_does(
+    kernels: None, text: Any, format: str, stored: dict[str, int]
+) -> None:
+    candidate, batch = calibrated(text, format), sample(text)
+    assert candidate.facts["format"] == format
+    assert {k: candidate.facts["quantizers"][k] for k in ("weights", "inputs")} == {
+        "weights": 14,
+        "inputs": 14,
+    }
+    wanted = logits(candidate, batch)
+    assert np.abs(wanted - logits(text.checkpoint, batch)).max() > 1e-5
+    model = export.fn(candidate, text.dataset, NEW, "fp32")
+    assert np.abs(evaluated(model, batch) - wanted).max() < (1e-3 if torch.cuda.is_available() else 1e-6)
+    assert model.format == format
+    assert stored.items() <= model.facts["tensors"].items()
+    graph = onnx.load(store.path(model.blob) / "model.onnx")
+    wide = [t.name for t in graph.graph.initializer if t.data_type == 1 and len(t.dims) == 2]
+    assert len(wide) == 3, wide  # the tables of words, places and types
+    foreign = {node.op_type for node in graph.graph.node if node.domain}
+    assert foreign == (
+        {microscale.FP4_QUANTIZE}
+        if format == "nvfp4"
+        else {*microscale.QUANTIZE[1:], microscale.MXFP8_DEQUANTIZE}
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_saved_is_restored_and_trains_on(kernels: None, text: Any, format: str) -> None:
+    model = checkpoints.restore(text.checkpoint)[0].to(checkpoints.device())
+    loop = batches.forward_loop(text.dataset, batches.preprocessor(text.checkpoint), 32, "calibrate")
+    batch = {k: v.to(checkpoints.device()) for k, v in batches.tensors(sample(text)).items()}
+    with torch.no_grad():
+        kept = calibrate.quantized(model, Quantize(format=format), loop)(**batch).logits.cpu().numpy()  # type: ignore[arg-type]
+    candidate = calibrated(text, format)
+    np.testing.assert_array_equal(logits(candidate, sample(text)), kept)
+    after = finetune.fn(candidate, text.dataset, Finetune(epochs=1, learning_rate=1e-3))
+    assert np.abs(logits(after, sample(text)) - kept).max() > 1e-4
+    exported = export.fn(after, text.dataset, NEW, "fp32")
+    limit = 1e-3 if torch.cuda.is_available() else 1e-5
+    assert np.abs(evaluated(exported, sample(text)) - logits(after, sample(text))).max() < limit
+
+
+def test_pruned_weights_stay_pruned(kernels: None, text: Any) -> None:
+    pruned = sparsify.fn(text.checkpoint, text.dataset, Sparsify(exclude=("classifier",)))
+    candidate = calibrated(text, "nvfp4", pruned)
+    model = export.fn(candidate, text.dataset, NEW, "fp16")
+    assert model.facts["sparse_weights"] >= pruned.facts["sparsity"]["modules"] > 0
+
+
+def test_only_linear_layers_of_a_cnn_are_quantized(kernels: None, image: Any) -> None:
+    candidate = calibrated(image, "nvfp4")
+    left_out = candidate.facts["quantizers"]["left_out"]
+    assert left_out
+    assert all("for linear layers" in why for why in left_out.values())
+    model = export.fn(candidate, image.dataset, NEW, "fp32")
+    assert np.abs(evaluated(model, sample(image)) - logits(candidate, sample(image))).max() < 1e-4
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused(kernels: None, image: Any) -> None:
+    with pytest.raises(InputError, match=r"blocks of 32 do not divide the inputs of net \(20\); name them"):
+        calibrate._check(Quantize(format="mxfp8"), {"net": torch.nn.Linear(20, 3)}, {})
+
+
+@needs_rtx
+@no_gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_plan_is_built_where_nothing_can_run_it(kernels: None, text: Any, format: str) -> None:
+    candidate = calibrated(text, format)
+    model = export.fn(candidate, text.dataset, NEW, "fp16")
+    assert {"FLOAT16", "INT64"} < set(model.facts["tensors"])
+    engine = build.fn(
+        model, candidate, text.dataset, Build(runtime="tensorrt-rtx"), "tensorrt-rtx", host("tensorrt-rtx")
+    )
+    assert (engine.proved, engine.format) == ("built", format)
+
+
+def test_onnx_runtime_still_has_no_kernels(kernels: None, text: Any) -> None:
+    """When this fails, ONNX Runtime runs such graphs: the recipe need not refuse it."""
+    import onnxruntime
+
+    for format in FORMATS:
+        model = export.fn(calibrated(text, format), text.dataset, NEW, "fp32")
+        with pytest.raises(Exception, match="TRT_|NOT_IMPLEMENTED"):
+            onnxruntime.InferenceSession(store.path(model.blob) / "model.onnx")
+
+
+@needs_rtx
+def test_tensorrts_parser_still_takes_no_scales_of_e8m0(tmp_path: Path) -> None:
+    """When this fails, MXFP8's weights can go through ONNX's own DequantizeLinear (opset 24)."""
+    import ml_dtypes
+
+    stored = [
+        numpy_helper.from_array(np.ones((32, 64), ml_dtypes.float8_e4m3fn), "codes"),
+        numpy_helper.from_array(np.ones((32, 2), ml_dtypes.float8_e8m0fnu), "scales"),
+    ]
+    nodes = [
+        helper.make_node(
+            "DequantizeLinear", ["codes", "scales"], ["w"], axis=-1, block_size=32, output_dtype=1
+        ),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    ends = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, size])]
+        for name, size in (("x", 32), ("y", 64))
+    ]
+    graph = helper.make_graph(nodes, "g", *ends, stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]), tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="import initializer: scales"):
+        tensorrt.build(tmp_path, tmp_path / "out", samples=[], flavor="tensorrt_rtx")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_modelopts_own_exporter_still_does_not_do(kernels: None, text: Any, format: str) -> None:
+    """When this fails, ModelOpt's exporter leaves a valid graph and GELU as it is: try it again."""
+    from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
+
+    kind = types.load(text.dataset.type)
+    network = checkpoints.restore(calibrated(text, format))[0].to(checkpoints.device())
+    inputs = tuple(batches.tensors(sample(text))[n].to(checkpoints.device()) for n in kind.INPUTS)
+    with checkpoints.quiet():
+        content, _ = get_onnx_bytes_and_metadata(
+            export_module._positional(network, kind, {}), inputs, weights_dtype="fp32", onnx_opset=23
+        )
+    graph = onnx.load_from_string(OnnxBytes.from_bytes(content).get_onnx_model_file_bytes())
+    if format == "nvfp4":
+        with pytest.raises(onnx.shape_inference.InferenceError, match="inconsistent type"):
+            onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True)
+    else:
+        gelu = [a.s for node in graph.graph.node if node.op_type == "Gelu" for a in node.attribute]
+        assert gelu
+        assert set(gelu) == {b"tanh"}
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_gpus_kernels_compute_these_numbers(format: Any) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(256, 128)).cuda()
+    rows = torch.randn(64, 256, device="cuda")
+    calibrate.quantized(network, Quantize(format=format), lambda net: net(rows))
+    layer: Any = network[0]
+    with torch.no_grad():
+        of_weight = layer.weight_quantizer(layer.weight).cpu().numpy()
+        of_input = layer.input_quantizer(rows).cpu().numpy()
+    end = 0.0 if format == "mxfp8" else float(layer.input_quantizer.amax)
+    assert (fake(rows.cpu().numpy(), format, end) != of_input).mean() < 1e-3
+    lifted = microscaled.lift(network.cpu())["0"]
+    assert (microscaled.values(lifted) != of_weight).mean() < 1e-3
+
+
+def test_the_evaluator_gathers_from_more_than_64_rows() -> None:
+    data, indices = np.arange(300, dtype=np.float32).reshape(1, 300), np.array([[5, 299, 0]])
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("GatherElements", ["x", "i"], ["y"], axis=1)],
+        "g",
+        [info("x", 1, [1, 300]), info("i", 7, [1, 3])],
+        [info("y", 1, [1, 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    assert tensorrt_parity.evaluate(model, [{"x": data, "i": indices}])[0]["y"].tolist() == [[5, 299, 0]]
