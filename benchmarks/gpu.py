@@ -292,7 +292,7 @@ def of_processes(way: str) -> dict[str, Any]:
 
 
 def compile_extensions() -> None:
-    """ModelOpt's kernels; a process that is ended while it compiles leaves a lock that all others wait for."""
+    """ModelOpt's kernels; who is ended while compiling leaves a lock that all others wait for."""
     import torch
     from modelopt.torch.quantization import extensions
 

@@ -48,7 +48,7 @@ lane() {
   h100 sparseclip 600 sparseclip clip12                                             # ~ 300 s
   sparse fp16 4096 128; sparse int8 4096 128
   sparse fp16 1024 8192; sparse int8 1024 8192; sparse fp16 1024 128; sparse int8 1024 128
-  sparse fp16 8192 8192; sparse int8 8192 8192; sparse fp16 8192 128; sparse int8 8192 128
+  sparse fp16 8192 8192; sparse fp16 8192 128; sparse int8 8192 8192; sparse int8 8192 128  # 4 plans of 350 s each
   whole clip-text; whole unet; whole clip-image
   h100 rounds 150 rounds clip24                                                     # 72 s
   h100 features 500 features clip2
