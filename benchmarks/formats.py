@@ -2,6 +2,7 @@
 
 python -m benchmarks.formats digits          (the CNN of digits-cnn-int8-ptq, trained first; minutes)
 python -m benchmarks.formats RECIPE --start  (a recipe's model as it starts, not trained: bytes and parity)
+python -m benchmarks.formats RECIPE --set data.split.test=1500
 
 Accuracy is over the recipe's whole test split, on the exported graph in ONNX Runtime without optimization;
 cosine is of its logits to those of the FP32 network. The table for docs/formats.md goes to stdout.
@@ -51,8 +52,10 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--start", action="store_true", help="do not train first")
     parser.add_argument("--only", nargs="*", default=list(SECTIONS), help="some of the formats")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
     given = parser.parse_args()
-    recipe = recipes.load("digits-cnn-int8-ptq" if given.recipe == "digits" else given.recipe)
+    name = "digits-cnn-int8-ptq" if given.recipe == "digits" else given.recipe
+    recipe = recipes.load(name, given.overrides)
     store.prepare()
     found = fingerprint(recipe.model.source, recipe.model.revision)
     data = load_data.fn(recipe.data, recipe.task, content(recipe.data))
