@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from flows.judge import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
+# How fast it is, is not what these tests ask: thirty rounds, or up to 120 beside a champion, are a minute.
+BRIEF = ("benchmark.rounds=6", "benchmark.max_rounds=8")
 
 
 def pytest_sessionfinish() -> None:
@@ -48,15 +50,25 @@ def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prefect_server() -> str:
+    """The address of this session's Prefect server: a command that uses it need not start its own, 10 s."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    server.start()
+    return server.api_url
+
+
+@pytest.fixture(scope="session")
 def optimize() -> Callable[..., Outcome]:
-    """Run a recipe in this process, on the session's state folder."""
+    """Run a recipe in this process, on the session's state folder, with a short benchmark."""
     from flows.optimize import optimize
     from tasks import store
 
     store.prepare()
 
     def run(recipe: str, *overrides: str) -> Any:
-        return optimize(recipe, list(overrides))
+        return optimize(recipe, [*BRIEF, *overrides])
 
     return run
 

@@ -212,11 +212,13 @@ def test_what_cannot_be_retrained_is_told(second: Outcome, recipe: Path) -> None
         retrain("again", recipe="digits-cnn-int8-ptq")
 
 
-def test_on_a_machine_that_has_only_the_registry(second: Outcome, recipe: Path, tmp_path: Path) -> None:
+def test_on_a_machine_that_has_only_the_registry(
+    second: Outcome, recipe: Path, tmp_path: Path, prefect_server: str
+) -> None:
     newest = sentences(tmp_path / "newest.jsonl", range(840))
     environment = os.environ | {
         "ENGINEHOUSE_HOME": str(tmp_path / "home"),
-        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_API_URL": prefect_server,
         "PREFECT_LOCAL_STORAGE_PATH": str(tmp_path / "results"),
         "MLFLOW_TRACKING_URI": registry_engine.default_uri(),
     }
