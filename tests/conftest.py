@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from flows.judge import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
+# How fast it is, is not what these tests ask: thirty rounds, or up to 120 beside a champion, are a minute.
+BRIEF = ("benchmark.rounds=6", "benchmark.max_rounds=8")
 
 
 def pytest_sessionfinish() -> None:
@@ -48,15 +50,25 @@ def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prefect_server() -> str:
+    """The address of this session's Prefect server: a command that uses it need not start its own, 10 s."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    server.start()
+    return server.api_url
+
+
+@pytest.fixture(scope="session")
 def optimize() -> Callable[..., Outcome]:
-    """Run a recipe in this process, on the session's state folder."""
+    """Run a recipe in this process, on the session's state folder, with a short benchmark."""
     from flows.optimize import optimize
     from tasks import store
 
     store.prepare()
 
     def run(recipe: str, *overrides: str) -> Any:
-        return optimize(recipe, list(overrides))
+        return optimize(recipe, [*BRIEF, *overrides])
 
     return run
 
@@ -68,37 +80,57 @@ def digits(optimize: Callable[..., Outcome]) -> Outcome:
 
 
 WORDS = ["good", "bad", "film", "book", "very", "not", "a", "the", "was", "plot"]
+CAPTIONS = ["a", "photo", "of", "bright", "left", "right"]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def written(folder: Path, recipe: dict[str, Any]) -> Path:
+    """A recipe's file, called as its model; with a benchmark of a few seconds."""
+    file = folder / f"{recipe['model']['name']}.yaml"
+    file.write_text(yaml.safe_dump({"benchmark": {"batch_sizes": [1], "rounds": 6}, **recipe}))
+    return file
+
+
+def tokenizer(folder: Path, words: list[str]) -> int:
+    """A tokenizer of these words, as transformers saves it; how many tokens it has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder
+    )
+    return len(vocabulary)
 
 
 def bert_folder(folder: Path) -> Path:
     """A BERT of two layers, 32 wide, and a word tokenizer, as transformers saves them."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertForSequenceClassification
 
-    vocabulary = {word: k for k, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder
-    )
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=32,
-    )  # fmt: skip
+    tokenizer(folder, WORDS)
     torch.manual_seed(0)
+    config = BertConfig(vocab_size=64, max_position_embeddings=32, **SMALL)
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 
-def sentences(file: Path, count: int = 600) -> Path:
+def sentences(file: Path, rows: range = range(600)) -> Path:
     """Rows whose label is the word `good` or `bad` among others; the number makes each one unique."""
     with file.open("w") as out:
-        for k in range(count):
+        for k in rows:
             others = [WORDS[2 + (k * step) % 8] for step in (1, 3, 5)]
             label = "good" if k % 2 else "bad"
             out.write(json.dumps({"text": " ".join([*others, label, str(k)]), "label": label}) + "\n")
     return file
+
+
+def texts(folder: Path, length: int, **split: int) -> dict[str, Any]:
+    """A recipe's data: the sentences, without labels."""
+    source = f"path:{sentences(folder / 'rows.jsonl')}"
+    return {"source": source, "text": "text", "split": split, "max_length": length}
 
 
 @pytest.fixture(scope="session")
@@ -106,26 +138,18 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with everything on (2:4, INT8 with embeddings, QAT) for a tiny BERT; a few seconds a run."""
     folder = tmp_path_factory.mktemp("tiny")
     train = {"epochs": 6, "batch_size": 8, "learning_rate": 2e-3}
+    data = texts(folder, 16, train=320, test=240, calibration=32)
     recipe = {
         "task": "text-classification",
         "model": {"name": "tiny", "source": f"path:{bert_folder(folder / 'model')}"},
-        "data": {
-            "source": f"path:{sentences(folder / 'rows.jsonl')}",
-            "text": "text",
-            "label": "label",
-            "labels": ["bad", "good"],
-            "split": {"train": 320, "test": 240, "calibration": 32},
-            "max_length": 16,
-        },
+        "data": {**data, "label": "label", "labels": ["bad", "good"]},
         "finetune": train,
         "sparsify": {"exclude": ["classifier"]},
         "quantize": {"format": "int8", "embeddings": True, "exclude": ["classifier"]},
         "qat": train,
-        "benchmark": {"batch_sizes": [1], "rounds": 6},
         "gate": {"max_drop": 0.05},
     }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    return folder / "tiny.yaml"
+    return written(folder, recipe)
 
 
 @pytest.fixture(scope="session")
@@ -135,18 +159,11 @@ def embedding_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "task": "sentence-embedding",
         "model": {"name": "tiny-embedding", "source": f"path:{bert_folder(folder / 'model')}"},
-        "data": {
-            "source": f"path:{sentences(folder / 'rows.jsonl')}",
-            "text": "text",
-            "split": {"train": 64, "test": 200, "calibration": 32},
-            "max_length": 16,
-        },
+        "data": texts(folder, 16, train=64, test=200, calibration=32),
         "quantize": {"format": "int8"},
-        "benchmark": {"batch_sizes": [1], "rounds": 6},
         "gate": {"metric": "cosine", "max_drop": 0.1},
     }
-    (folder / "tiny-embedding.yaml").write_text(yaml.safe_dump(recipe))
-    return folder / "tiny-embedding.yaml"
+    return written(folder, recipe)
 
 
 @pytest.fixture(scope="session")
@@ -160,40 +177,25 @@ def lm_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "source": "python:recipes.tiny_llama:build",
             "tokenizer": f"path:{ROOT / 'recipes' / 'bytes_tokenizer'}",
         },
-        "data": {
-            "source": f"path:{sentences(folder / 'rows.jsonl')}",
-            "text": "text",
-            "split": {"train": 320, "test": 100, "calibration": 32},
-            "max_length": 24,
-        },
+        "data": texts(folder, 24, train=320, test=100, calibration=32),
         "finetune": {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3},
         "quantize": {"format": "int8", "exclude": ["lm_head"]},
-        "benchmark": {"batch_sizes": [1], "rounds": 6},
         "gate": {"metric": "perplexity", "min_ratio": 0.9, "on_coarse": "warn"},
     }
-    (folder / "tiny-lm.yaml").write_text(yaml.safe_dump(recipe))
-    return folder / "tiny-lm.yaml"
+    return written(folder, recipe)
 
 
 def clip_folder(folder: Path) -> Path:
     """A CLIP of two layers a tower, 32 wide, with random weights, and a word tokenizer."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+    from transformers import CLIPConfig, CLIPModel
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "bright", "left", "right"]
-    vocabulary = {word: k for k, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder
-    )
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    count = tokenizer(folder, CAPTIONS)
     # With 2 as its last token CLIP takes the text's vector where the token's number is highest.
     ends = {"bos_token_id": 3, "eos_token_id": 2, "pad_token_id": 0}
     config = CLIPConfig(
-        text_config={**size, **ends, "vocab_size": len(words), "max_position_embeddings": 16},
-        vision_config={**size, "image_size": 8, "patch_size": 4, "num_channels": 1},
+        text_config={**SMALL, **ends, "vocab_size": count, "max_position_embeddings": 16},
+        vision_config={**SMALL, "image_size": 8, "patch_size": 4, "num_channels": 1},
         projection_dim=16,
     )
     torch.manual_seed(0)
@@ -234,8 +236,6 @@ def clip_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "finetune": {"epochs": 4, "batch_size": 16, "learning_rate": 1e-3},
         "quantize": {"format": "int8"},
-        "benchmark": {"batch_sizes": [1], "rounds": 6},
         "gate": {"metric": "image-to-text@1", "max_drop": 0.1, "min_parity": 0.98},
     }
-    (folder / "tiny-clip.yaml").write_text(yaml.safe_dump(recipe))
-    return folder / "tiny-clip.yaml"
+    return written(folder, recipe)

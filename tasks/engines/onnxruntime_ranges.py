@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def count(model: onnx.ModelProto, zero_points: dict[str, int]) -> None:
         one_sided = stored[zero].data_type == TensorProto.UINT8 and zero_points.get(zero) == 0
         taken = {output.name for output in graph.output}
         name = PREFIX + _short(node.input[0] if node.op_type == "QuantizeLinear" else node.output[0])
-        unique = next(n for n in (name, *(f"{name} {k}" for k in range(2, 10**6))) if n not in taken)
+        others = (f"{name} {k}" for k in itertools.count(2))
+        unique = next(each for each in itertools.chain((name,), others) if each not in taken)
         _count(graph, node.output[0], unique, None if one_sided else low, high)
 
 

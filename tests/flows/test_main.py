@@ -6,18 +6,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flows.__main__ import main
+from tasks import registry
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = "digits-cnn-int8-ptq"
+OURS = ("PREFECT_LOCAL_STORAGE_PATH", "MLFLOW_TRACKING_URI")  # of this session's folder
 
 
 def flows(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "flows", *arguments],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "PREFECT_LOCAL_STORAGE_PATH"} | environment,
+        env={k: v for k, v in os.environ.items() if k not in OURS} | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -66,36 +74,49 @@ def test_a_mistake_in_the_recipe_is_told_with_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.source=path:/no/such/file.csv", "no such file or folder"),
         ("gate.metric=acuracy", "accuracy"),
+        ("data.label=class", "no column 'class'"),
+        ('data.labels=["0", "1"]', "unknown label"),
+        ("gate.metric=perplexity", "image-classification gives label and probability"),
+        ("gate.metric=precision", "cannot judge 10 classes"),
+        ("gate.max_drop=2", "2 points are 0.02"),
+        ("gate.max_forgetting=2", "2 points are 0.02"),
+        ("data.image.shape=[3, 8, 8]", "needs 192 columns"),
+        ("model.source=python:recipes.digits_cnn:none", "cannot be imported"),
         ("quantize.exclude=[net.1]", "'net.1' matches no module"),
-        *(
-            pytest.param(*case, marks=pytest.mark.long)
-            for case in (
-                ("data.label=class", "no column 'class'"),
-                ('data.labels=["0", "1"]', "unknown label"),
-                ("gate.metric=perplexity", "image-classification gives label and probability"),
-                ("gate.metric=precision", "cannot judge 10 classes"),
-                ("gate.max_drop=2", "2 points are 0.02"),
-                ("gate.max_forgetting=2", "2 points are 0.02"),
-                ("data.image.shape=[3, 8, 8]", "needs 192 columns"),
-                ("model.source=python:recipes.digits_cnn:none", "cannot be imported"),
-            )
-        ),
     ],
 )
 @pytest.mark.slow
-def test_bad_input_is_told_in_words_and_registers_nothing(override: str, words: str, tmp_path: Path) -> None:
-    """One whole command each; Prefect's start is most of it."""
+def test_bad_input_is_told_in_words_and_registers_nothing(
+    override: str, words: str, optimize: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; the test after this one has a whole command."""
+    less = ("--set", "model.name=nobody", "--set", "finetune.epochs=1")
+    assert main(["optimize", QUICK, "--set", override, *less]) == 2
+    said = capfd.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    failed(registry.client(), words, "nobody")
+
+
+@pytest.mark.slow
+def test_a_whole_command_tells_it_too(tmp_path: Path) -> None:
+    """In a state folder of its own, with the server that it starts."""
     from mlflow import MlflowClient
 
+    override = "data.source=path:/no/such/file.csv"
     done = flows("optimize", QUICK, "--set", override, ENGINEHOUSE_HOME=str(tmp_path))
     assert done.returncode == 2, told(done)
-    assert words in told(done)
+    assert "no such file or folder" in told(done)
     assert "Traceback" not in done.stderr
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert client.search_registered_models() == []
-    (run,) = client.search_runs([client.get_experiment_by_name("enginehouse").experiment_id])
+    failed(MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}"), "no such file or folder", "digits-cnn")
+
+
+def failed(client: MlflowClient, words: str, model: str) -> None:
+    """The last run is logged as failed, and there is no such model."""
+    assert client.search_registered_models(f"name = '{model}'") == []
+    place = client.get_experiment_by_name("enginehouse").experiment_id
+    (run,) = client.search_runs([place], order_by=["start_time DESC"], max_results=1)
     assert run.info.status == "FAILED"
     assert words in run.data.tags["error"]
 

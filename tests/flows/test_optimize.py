@@ -17,6 +17,7 @@ import pytest
 from tasks import registry, registry_engine, store
 from tasks.errors import InputError
 from tasks.measurements import verdict_bytes
+from tests.conftest import BRIEF
 
 if TYPE_CHECKING:
     from flows.judge import Outcome
@@ -105,7 +106,7 @@ def test_a_second_run_reuses_every_stage_and_registers_nothing_new(
 
 
 def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: Optimize) -> None:
-    changed = optimize(QUICK, "benchmark.rounds=6", "promote=manual")
+    changed = optimize(QUICK, "benchmark.rounds=7", "promote=manual")
     fresh = [timing.stage for timing in changed.attempt.timeline if not timing.reused]
     assert fresh == ["benchmark", "gate"]
     assert changed.verdict == "registered"
@@ -267,10 +268,12 @@ print(json.dumps(found))
     assert found[0]["label"] in digits.attempt.dataset.labels
 
 
-def test_a_killed_run_started_again_repeats_no_finished_stage(tmp_path: Path) -> None:
-    environment = os.environ | {"ENGINEHOUSE_HOME": str(tmp_path), "PREFECT_HOME": str(tmp_path / "prefect")}
+def test_a_killed_run_started_again_repeats_no_finished_stage(tmp_path: Path, prefect_server: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    environment |= {"ENGINEHOUSE_HOME": str(tmp_path), "PREFECT_API_URL": prefect_server}
     environment |= {"PREFECT_LOCAL_STORAGE_PATH": str(tmp_path / "results")}
-    command = [sys.executable, "-m", "flows", "optimize", QUICK, "--set", "finetune.epochs=2"]
+    less = ("--set", "finetune.epochs=2", "--set", BRIEF[0])
+    command = [sys.executable, "-m", "flows", "optimize", QUICK, *less]
     log = tmp_path / "log"
     with log.open("w") as out:
         running = subprocess.Popen(

@@ -18,22 +18,13 @@ import yaml
 
 from tasks import lineage, registry, registry_engine, resume, store
 from tasks.errors import InputError
+from tests.conftest import WORDS, sentences
 
 if TYPE_CHECKING:
     from flows.judge import Outcome
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
-WORDS = ["film", "book", "very", "not", "a", "the", "was", "plot"]
-
-
-def sentences(file: Path, rows: range) -> Path:
-    with file.open("w") as out:
-        for k in rows:
-            others = [WORDS[(k * step) % 8] for step in (1, 3, 5)]
-            label = "good" if k % 2 else "bad"
-            out.write(json.dumps({"text": " ".join([*others, label, str(k)]), "label": label}) + "\n")
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +203,13 @@ def test_what_cannot_be_retrained_is_told(second: Outcome, recipe: Path) -> None
         retrain("again", recipe="digits-cnn-int8-ptq")
 
 
-def test_on_a_machine_that_has_only_the_registry(second: Outcome, recipe: Path, tmp_path: Path) -> None:
+def test_on_a_machine_that_has_only_the_registry(
+    second: Outcome, recipe: Path, tmp_path: Path, prefect_server: str
+) -> None:
     newest = sentences(tmp_path / "newest.jsonl", range(840))
     environment = os.environ | {
         "ENGINEHOUSE_HOME": str(tmp_path / "home"),
-        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_API_URL": prefect_server,
         "PREFECT_LOCAL_STORAGE_PATH": str(tmp_path / "results"),
         "MLFLOW_TRACKING_URI": registry_engine.default_uri(),
     }
@@ -250,7 +243,7 @@ def test_a_checkpoint_quantized_elsewhere_goes_straight_to_the_gate(
 
     content = yaml.safe_load(recipe.read_text())
     start = Path(content["model"]["source"].removeprefix("path:"))
-    rows = [(f"{WORDS[k % 8]} {'good' if k % 2 else 'bad'} {k}", k % 2) for k in range(320)]
+    rows = [(f"{WORDS[2 + k % 8]} {'good' if k % 2 else 'bad'} {k}", k % 2) for k in range(320)]
     folder = recipe.parent / "elsewhere"
     make(start, rows, folder, epochs=6, learning_rate=2e-3)
     for name in ("finetune", "sparsify", "quantize", "qat", "retrain"):

@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from infra import process
+from tests.conftest import BRIEF
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -26,7 +27,7 @@ MODEL = "digits-cnn"
 PASSED, OTHER, REFUSED = "1", "2", "3"
 RECIPES = {
     "promoted": [],
-    "registered": ["promote=manual", "benchmark.rounds=6"],
+    "registered": ["promote=manual", "benchmark.rounds=7"],
     "refused": ["gate.max_size_ratio=0.01"],
 }
 OPTIMIZE = (
@@ -100,7 +101,7 @@ class Stack:
     def optimize(self, *verdicts: str) -> None:
         """Register a version for each verdict: 1 promoted, 2 registered, 3 refused."""
         self.home.mkdir(parents=True, exist_ok=True)
-        code = "\n".join(OPTIMIZE.format(RECIPES[verdict]) for verdict in verdicts)
+        code = "\n".join(OPTIMIZE.format([*BRIEF, *RECIPES[verdict]]) for verdict in verdicts)
         done = self.run("-c", code)
         words = [line for line in done.stdout.splitlines() if line.startswith("verdict")]
         assert words == [f"verdict {verdict}" for verdict in verdicts], (done.stdout + done.stderr)[-3000:]

@@ -246,11 +246,11 @@ def test_without_an_address_the_push_is_kept_and_the_way_out_is_told(zoo: Reposi
     assert "git config enginehouse.env FILE" in zoo.push("main")
 
 
-def test_fifty_pushes_are_handed_over_once_each(zoo: Repository, api: Api) -> None:
+def test_twenty_pushes_are_handed_over_once_each(zoo: Repository, api: Api) -> None:
     commits = []
-    for _ in range(50):
+    for _ in range(20):
         commits.append(zoo.commit())
         zoo.push("main")
     assert [each["parameters"]["commit"] for each in api.runs.values()] == commits
     assert [each["parameters"]["before"] for each in api.runs.values()] == [None, *commits[:-1]]
-    assert api.calls == 50
+    assert api.calls == 20

@@ -1,4 +1,4 @@
-"""AUTH=1 on PostgreSQL: everything works, for whoever has the password and for nobody else."""
+"""AUTH=1 on PostgreSQL and on SQLite: all works for whoever has the password and for nobody else."""
 
 from __future__ import annotations
 
@@ -60,6 +60,26 @@ def _lets_in(url: str) -> bool:
     return True
 
 
+def test_on_sqlite_it_is_as_closed_and_our_commands_have_the_password(tmp_path: Path) -> None:
+    """`make up AUTH=1` as it is, over what was made before."""
+    stack = Stack(tmp_path / "home", AUTH="1")
+    stack.optimize("promoted", "registered")
+    stack.up()
+    try:
+        assert stack.status() == dict.fromkeys(SERVICES, "up")
+        assert (stack.home / "mlflow-auth.db").is_file()
+        strangers_are_refused(stack)
+        assert stack.agree(PASSED)
+        done = stack.run("-m", "flows", "rollback", MODEL, "--to", OTHER, "--by", "Ada", "--reason", "a test")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert stack.agree(OTHER)
+        stack.set_alias(PASSED)  # as MLflow's page does it: the webhook and the worker have passwords, too
+        until(lambda: stack.agree(PASSED), 60)
+    finally:
+        stack.down()
+    assert stack.status() == dict.fromkeys(SERVICES, "not up")
+
+
 @pytest.fixture(scope="module")
 def secure(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Services with authentication on PostgreSQL; version 1 serves, 2 passed."""
@@ -94,21 +114,26 @@ def test_everything_is_in_postgresql(secure: Stack, postgresql: str) -> None:
 
 def test_whoever_has_no_password_sets_no_alias_and_starts_no_run(secure: Stack) -> None:
     before = secure.alias() or ""
-    body = {"name": MODEL, "alias": "champion", "version": _another(before)}
-    alias = f"{secure.mlflow}/api/2.0/mlflow/registered-models/alias"
+    strangers_are_refused(secure)
+    assert secure.agree(before)
+
+
+def strangers_are_refused(stack: Stack) -> None:
+    """By MLflow and by Prefect, without an account and with a wrong one."""
+    body = {"name": MODEL, "alias": "champion", "version": _another(stack.alias())}
+    alias = f"{stack.mlflow}/api/2.0/mlflow/registered-models/alias"
     for account in (None, ("admin", "password1234"), ("nobody", "")):
         for path in (alias, alias.replace("/api/", "/ajax-api/")):
             assert httpx.post(path, json=body, auth=account).status_code == 401
-    with secure.orchestration() as client:
+    with stack.orchestration() as client:
         deployment = client.read_deployment_by_name("promote/champion").id
-    run = f"{secure.prefect}/api/deployments/{deployment}/create_flow_run"
+    run = f"{stack.prefect}/api/deployments/{deployment}/create_flow_run"
     for account in (None, ("enginehouse", "wrong")):
         answer = httpx.post(run, json={"parameters": {"model": MODEL}}, auth=account)
         assert answer.status_code in (401, 403), answer.text  # no password, and no token to send with it
-        token = httpx.get(f"{secure.prefect}/api/csrf-token", params={"client": "me"}, auth=account)
+        token = httpx.get(f"{stack.prefect}/api/csrf-token", params={"client": "me"}, auth=account)
         assert token.status_code == 401
-        assert httpx.get(f"{secure.prefect}/api/deployments/{deployment}", auth=account).status_code == 401
-    assert secure.agree(before)
+        assert httpx.get(f"{stack.prefect}/api/deployments/{deployment}", auth=account).status_code == 401
 
 
 def _another(version: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from tests.conftest import BRIEF
 from tests.infra.stacks import MODEL, OTHER, PASSED, Stack, until
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def test_the_worker_runs_a_recipe(stack: Stack) -> None:
     with stack.orchestration() as client:
         made = client.read_deployment_by_name("optimize/recipe")
         run = client.create_flow_run_from_deployment(
-            made.id, parameters={"recipe": "digits-cnn-int8-ptq", "overrides": ["promote=manual"]}
+            made.id, parameters={"recipe": "digits-cnn-int8-ptq", "overrides": [*BRIEF, "promote=manual"]}
         )
         ended = until(lambda: _final(client, run.id), 300)
     assert ended.is_completed(), ended

@@ -14,7 +14,7 @@ from recipes.build import Export
 from recipes.compress import Finetune, Quantize, Sparsify
 from recipes.schema import Model
 from tasks import batches, checkpoints, load, store
-from tasks.artifacts import Checkpoint, Dataset
+from tasks.artifacts import Checkpoint, Dataset, OnnxModel
 from tasks.calibrate import calibrate
 from tasks.engines import onnxruntime
 from tasks.errors import InputError
@@ -42,6 +42,11 @@ def stacked(text: Any, pruned: Checkpoint) -> Checkpoint:
     """2:4, then INT8, then trained with both on."""
     section = Quantize(format="int8", embeddings=True, exclude=("classifier",))
     return finetune.fn(calibrate.fn(pruned, text.dataset, section), text.dataset, STEPS)
+
+
+@pytest.fixture(scope="session")
+def graph(text: Any, stacked: Checkpoint) -> OnnxModel:
+    return export.fn(stacked, text.dataset, Export(), "fp32")
 
 
 def test_two_of_every_four_weights_are_zero_and_stay_zero(stacked: Checkpoint) -> None:
@@ -88,20 +93,18 @@ def _made(folder: Path) -> bool:
 
 
 def test_the_exported_int8_weights_are_2_4_and_the_graph_agrees_with_torch(
-    text: Any, stacked: Checkpoint
+    text: Any, stacked: Checkpoint, graph: OnnxModel
 ) -> None:
-    model = export.fn(stacked, text.dataset, Export(), "fp32")
-    assert model.facts["sparse_weights"] == 13
-    assert model.facts["tensors"]["INT8"] > 16
+    assert graph.facts["sparse_weights"] == 13
+    assert graph.facts["tensors"]["INT8"] > 16
     batch = batches.samples(text.dataset, batches.preprocessor(stacked), count=1)[0]
-    with onnxruntime.open(store.path(model.blob), None, level="disabled") as session:
+    with onnxruntime.open(store.path(graph.blob), None, level="disabled") as session:
         got = session.run(batch)["logits"]
     np.testing.assert_allclose(got, logits(stacked, batch), atol=1e-4)
 
 
-def test_any_batch_and_length_runs(text: Any, stacked: Checkpoint) -> None:
-    model = export.fn(stacked, text.dataset, Export(), "fp32")
-    with onnxruntime.open(store.path(model.blob), None, level="disabled") as session:
+def test_any_batch_and_length_runs(graph: OnnxModel) -> None:
+    with onnxruntime.open(store.path(graph.blob), None, level="disabled") as session:
         for rows, length in ((1, 1), (3, 5), (7, 16)):
             feed = {name: np.ones((rows, length), np.int64) for name in ("input_ids", "attention_mask")}
             assert session.run(feed)["logits"].shape == (rows, 2)
@@ -118,9 +121,8 @@ def test_fp8_is_stored_as_fp8_and_half_precision_keeps_the_inputs(text: Any) -> 
 
 
 def test_a_large_model_keeps_its_tensors_beside_the_graph(
-    text: Any, stacked: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Any, stacked: Checkpoint, graph: OnnxModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = export.fn(stacked, text.dataset, Export(), "fp32")
     monkeypatch.setattr("tasks.export.EXTERNAL_DATA_PAST", 1000)
     monkeypatch.setattr("tasks.engines.lowering.tensors.LARGE", 1000)
     model = export.fn(stacked, text.dataset, Export(), "fp32")
@@ -128,7 +130,7 @@ def test_a_large_model_keeps_its_tensors_beside_the_graph(
     assert (folder / "model.onnx.data").stat().st_size > (folder / "model.onnx").stat().st_size / 10
     batch = batches.samples(text.dataset, batches.preprocessor(stacked), count=1)[0]
     outputs = []
-    for blob in (whole.blob, model.blob):
+    for blob in (graph.blob, model.blob):
         place = tmp_path / blob.sha256
         onnxruntime.build(store.path(blob), place, samples=[batch])
         with onnxruntime.open(place / "plan", place / "weights") as session:
@@ -136,9 +138,8 @@ def test_a_large_model_keeps_its_tensors_beside_the_graph(
     assert np.array_equal(*outputs)
 
 
-def test_equal_training_exports_equal_bytes(text: Any, stacked: Checkpoint) -> None:
-    first, second = (export.fn(stacked, text.dataset, Export(), "fp32") for _ in range(2))
-    assert first.blob == second.blob
+def test_equal_training_exports_equal_bytes(text: Any, stacked: Checkpoint, graph: OnnxModel) -> None:
+    assert export.fn(stacked, text.dataset, Export(), "fp32").blob == graph.blob
 
 
 def test_convolutions_are_pruned_along_channels_and_quantized(image: Any) -> None:

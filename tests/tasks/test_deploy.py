@@ -42,6 +42,11 @@ def engines(image: Any) -> list[Engine]:
     return [engine_of(checkpoint, image.dataset) for checkpoint in checkpoints]
 
 
+@pytest.fixture(scope="session")
+def of_texts(text: Any) -> Engine:
+    return engine_of(text.checkpoint, text.dataset)
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ENGINEHOUSE_SERVING", str(tmp_path / "serving"))
@@ -199,13 +204,13 @@ def test_tritons_repository_is_what_triton_takes(engines: list[Engine], folder: 
 
 
 def test_tritons_model_answers_like_the_engine_in_plain_onnx_runtime(
-    engines: list[Engine], text: Any, folder: Path
+    engines: list[Engine], of_texts: Engine, folder: Path
 ) -> None:
     """Opened as Triton's backend does it: by path, with the level of config.pbtxt and no other option."""
     import onnxruntime as ort
 
     of_triton = {number: level for level, number in triton.LEVELS.items()}
-    for engine in (*engines, engine_of(text.checkpoint, text.dataset)):
+    for engine in (*engines, of_texts):
         put("1", engine)
         level = of_triton[parsed(folder).optimization.graph.level]
         options = ort.SessionOptions()
@@ -222,8 +227,8 @@ def test_tritons_model_answers_like_the_engine_in_plain_onnx_runtime(
         shutil.rmtree(folder)
 
 
-def test_a_text_models_length_is_dynamic(text: Any, folder: Path) -> None:
-    put("1", engine_of(text.checkpoint, text.dataset))
+def test_a_text_models_length_is_dynamic(of_texts: Engine, folder: Path) -> None:
+    put("1", of_texts)
     config = parsed(folder)
     assert {i.name: list(i.dims) for i in config.input} == {"input_ids": [-1], "attention_mask": [-1]}
     assert [list(o.dims) for o in config.output] == [[2]]

@@ -132,24 +132,38 @@ def test_a_rollback_goes_one_back_each_time(database: str) -> None:
 
 
 CONTENDER = """
-import sys
+def append(mine, against):
+    against = None if against == "-" else against
+
+    def check(known):
+        if ledger.champion(known) != against:
+            raise InputError(f"version {ledger.champion(known)} is champion")
+
+    try:
+        ledger.append("m", "promoting", actor=mine, before=against, after=mine, check=check)
+        ledger.append("m", "promoted", actor=mine, before=against, after=mine)
+        return "won"
+    except InputError as error:
+        return str(error)
+"""
+# Each pair in a process of its own, forked when all is imported and let go when all are there.
+TOGETHER = """
+import multiprocessing, sys
 from tasks import ledger
 from tasks.errors import InputError
 
-mine, against = sys.argv[1], sys.argv[2] if sys.argv[2] != "-" else None
+{code}
 
-def check(known):
-    if ledger.champion(known) != against:
-        raise InputError(f"version {ledger.champion(known)} is champion")
+def run(pair):
+    gate.wait()
+    return append(*pair)
 
-print("ready", flush=True)
-sys.stdin.readline()
-try:
-    ledger.append("m", "promoting", actor=mine, before=against, after=mine, check=check)
-    ledger.append("m", "promoted", actor=mine, before=against, after=mine)
-    print("won")
-except InputError as error:
-    print(error)
+pairs = [word.split(":") for word in sys.argv[1:]]
+fork = multiprocessing.get_context("fork")
+gate = fork.Barrier(len(pairs))
+with fork.Pool(len(pairs)) as pool:
+    for (own, _), said in zip(pairs, pool.map(run, pairs, chunksize=1)):
+        print(own, said)
 """
 
 
@@ -171,13 +185,10 @@ def test_of_twenty_processes_at_once_one_wins_and_the_chain_is_whole(database: s
 @pytest.mark.slow
 def test_twenty_processes_that_all_may_write_lose_no_line(database: str) -> None:
     code = """
-import sys
-from tasks import ledger
-print("ready", flush=True)
-sys.stdin.readline()
-for k in range(5):
-    ledger.append("m", "override", actor=sys.argv[1], after=str(k))
-print("done")
+def append(mine, _):
+    for k in range(5):
+        ledger.append("m", "override", actor=mine, after=str(k))
+    return "done"
 """
     assert set(contend([(str(k), "-") for k in range(20)], code).values()) == {"done"}
     known = ledger.lines("m")
@@ -187,24 +198,12 @@ print("done")
 
 def contend(arguments: list[tuple[str, str]], code: str = CONTENDER) -> dict[str, str]:
     """What each process said, by its first argument; all are let go at the same moment."""
-    running = {
-        own: subprocess.Popen(
-            [sys.executable, "-c", code, own, other],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for own, other in arguments
-    }
-    for process in running.values():
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in running.values():
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return {own: process.communicate(timeout=120)[0].strip() for own, process in running.items()}
+    command = [sys.executable, "-c", TOGETHER.format(code=code), *map(":".join, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert list(said) == [own for own, _ in arguments]
+    return said
 
 
 def test_one_process_holds_a_model_until_it_ends(database: str) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,20 @@ def test_only_what_may_pass_by_itself_is_tried_again() -> None:
     told.__cause__ = away
     found = [stages.passing(None, None, Failed(e)) for e in (away, ConnectionError(), told, ValueError())]
     assert found == [True, True, False, False]
+
+
+class Network:
+    """In a cycle with itself, as torch's are with their hooks."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_a_stage_leaves_in_cycles_is_freed_and_libraries_are_not_looked_through_again() -> None:
+    for _ in range(2):
+        left = weakref.ref(Network())
+        assert left() is not None
+        stages._free()
+        assert left() is None
+    assert gc.get_freeze_count() > 10_000
+    assert not gc.get_objects()[100:]
