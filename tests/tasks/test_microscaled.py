@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import recipes
 from recipes.build import Build, Export
 from recipes.compress import Finetune, Quantize, Sparsify
 from tasks import batches, calibrate, checkpoints, microscaled, store, types
@@ -76,19 +78,19 @@ def evaluated(model: OnnxModel, batch: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @no_gpu
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("flow", ["optimize", "retrain"])
 def test_a_cpu_refuses_to_calibrate_before_anything_is_read(
-    format: Any, monkeypatch: pytest.MonkeyPatch, optimize: Any
+    flow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import optimize as flow
-
     def unreached(*_: Any) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr(flow, "content", unreached)
-    says = f"{format} needs an NVIDIA GPU with PyTorch's CUDA.*TensorRT 10.8 or newer.*10.0 or newer"
+    module: Any = importlib.import_module(f"flows.{flow}")
+    monkeypatch.setattr(module, "content", unreached)
+    recipe = recipes.load("sentiment-minilm-nvfp4")
+    says = "nvfp4 needs an NVIDIA GPU with PyTorch's CUDA.*TensorRT 10.8 or newer.*10.0 or newer"
     with pytest.raises(InputError, match=says):
-        optimize("sentiment-minilm-nvfp4", f"quantize.format={format}")
+        module._optimize(recipe) if flow == "optimize" else module._retrain(recipe, None, None, False)
 
 
 @no_gpu
@@ -307,3 +309,26 @@ def test_the_evaluator_gathers_from_more_than_64_rows() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     assert tensorrt_parity.evaluate(model, [{"x": data, "i": indices}])[0]["y"].tolist() == [[5, 299, 0]]
+
+
+def with_modelopt(config: str) -> Any:
+    """A network quantized by one of ModelOpt's own configurations."""
+    import modelopt.torch.quantization as mtq
+
+    network = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    with torch.no_grad(), checkpoints.quiet():
+        mtq.quantize(network, getattr(mtq, config), lambda net: net(torch.randn(4, 32)))
+    return network
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_checkpoint_from_elsewhere_is_told_by_its_quantizers(kernels: None, format: str) -> None:
+    network = with_modelopt(f"{format.upper()}_DEFAULT_CFG")
+    assert checkpoints.compression(network)["format"] == format
+    assert list(microscaled.lift(network)) == ["0"]
+    assert not checkpoints.quantizers(network)
+
+
+def test_what_modelopt_has_beside_these_is_refused(kernels: None) -> None:
+    with pytest.raises(InputError, match=r"export: 0 is not in NVFP4 or MXFP8 as ModelOpt's NVFP4_DEFAULT"):
+        microscaled.lift(with_modelopt("W4A16_NVFP4_CFG"))
