@@ -19,7 +19,7 @@ from tasks import batches, calibrate, checkpoints, microscaled, store, types
 from tasks import export as export_module
 from tasks.artifacts import Checkpoint, OnnxModel
 from tasks.build import build, host, installed
-from tasks.engines import microscale, tensorrt, tensorrt_parity
+from tasks.engines import microscale, tensorrt, tensorrt_options, tensorrt_parity
 from tasks.errors import InputError
 from tasks.export import export
 from tasks.finetune import finetune
@@ -165,6 +165,7 @@ def test_the_graph_computes_what_the_network_does(
     graph = onnx.load(store.path(model.blob) / "model.onnx")
     wide = [t.name for t in graph.graph.initializer if t.data_type == 1 and len(t.dims) == 2]
     assert len(wide) == 3, wide  # the tables of words, places and types
+    assert tensorrt_options.format_of(graph) == format
     foreign = {node.op_type for node in graph.graph.node if node.domain}
     assert foreign == (
         {microscale.FP4_QUANTIZE}
