@@ -40,22 +40,6 @@ def fake(values: np.ndarray, format: str, end: float) -> np.ndarray:
     return microscale.nvfp4_values(*microscale.nvfp4(values, scale), scale)
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ModelOpt's kernels, in NumPy where there is no GPU."""
-    if torch.cuda.is_available():
-        return
-    from modelopt.torch.quantization import tensor_quant
-
-    def kernel(inputs: Any, block: int, amax: Any, bits: int, exponent: int, *scale: int) -> Any:
-        end = 0.0 if amax is None else float(amax)
-        found = fake(inputs.detach().float().numpy(), "mxfp8" if scale[1] == 8 else "nvfp4", end)
-        return torch.from_numpy(found).to(inputs.dtype)
-
-    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", kernel)
-    monkeypatch.setattr(calibrate, "check_calibration", lambda section: None)
-
-
 def calibrated(case: Any, format: Any, start: Checkpoint | None = None) -> Checkpoint:
     return calibrate.calibrate.fn(start or case.checkpoint, case.dataset, Quantize(format=format))
 
