@@ -45,20 +45,20 @@ def network(labels: int) -> Any:
     return BertForSequenceClassification(config)
 
 
-def prepared(function: str = "benchmarks.gpu:network") -> tuple[Checkpoint, Dataset]:
+def prepared(function: str = "benchmarks.gpu:network", task: str = TASK) -> tuple[Checkpoint, Dataset]:
     """Untrained weights of a network over bytes, and random sentences, in the store."""
     import shutil
 
     import pyarrow
     import pyarrow.parquet as pq
 
-    model, config = checkpoints.from_function(function, TASK, len(LABELS), 0)
+    model, config = checkpoints.from_function(function, task, len(LABELS), 0)
     with store.staging() as folder:
         shutil.copytree(ROOT / "recipes/bytes_tokenizer", folder / "preprocessor")
-        settings = {"type": TASK, "labels": list(LABELS), "max_length": LENGTH}
+        settings = {"type": task, "labels": list(LABELS), "max_length": LENGTH}
         (folder / "preprocessor/settings.json").write_text(json.dumps(settings))
         facts = {"parameters": checkpoints.parameters(model)}
-        checkpoint = checkpoints.save(model, config, folder, TASK, facts)
+        checkpoint = checkpoints.save(model, config, folder, task, facts)
     random = np.random.default_rng(0)
     small = 64 if os.environ.get("BENCHMARK_SMALL") else 1
     rows = {part: max(count // small, 8) for part, count in ROWS.items()}
@@ -68,7 +68,7 @@ def prepared(function: str = "benchmarks.gpu:network") -> tuple[Checkpoint, Data
             texts = [bytes(row).decode() for row in letters]
             table = {"text": texts, "label": random.integers(0, 2, count)}
             pq.write_table(pyarrow.table(table), folder / f"{part}.parquet")
-        return checkpoint, Dataset(store.commit(folder), TASK, LABELS, rows)
+        return checkpoint, Dataset(store.commit(folder), task, LABELS, rows)
 
 
 def bare_batches(checkpoint: Checkpoint, dataset: Dataset) -> list[dict[str, Any]]:
