@@ -230,11 +230,12 @@ def _nothing_slipped_by(model: nn.Module, names: list[str], chosen: set[str], se
         raise InputError(
             f"quantize: ModelOpt cannot quantize {', '.join(missed)}; name them in quantize.exclude"
         )
+    inputs = {name: model.get_submodule(name) for name in names if not name.endswith("weight_quantizer")}
     idle = [
         name.rpartition(".")[0]
-        for name in names
-        if not name.endswith("weight_quantizer") and not hasattr(model.get_submodule(name), "_amax")
-    ]
+        for name, quantizer in inputs.items()
+        if quantizer.amax is None and microscaled.scale_bits(quantizer) != microscaled.E8M0_SCALES
+    ]  # MXFP8 has no range of the whole
     if idle:
         raise InputError(
             f"quantize: {', '.join(idle)} never ran while calibrating, so they have no range; name them in "

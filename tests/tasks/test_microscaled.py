@@ -190,6 +190,19 @@ def test_only_linear_layers_of_a_cnn_are_quantized(kernels: None, image: Any) ->
     assert np.abs(evaluated(model, sample(image)) - logits(candidate, sample(image))).max() < 1e-4
 
 
+def test_only_nvfp4_needs_rows_for_a_range(kernels: None) -> None:
+    for format in FORMATS:
+        network = torch.nn.Sequential(torch.nn.Linear(32, 16))
+        section = Quantize(format=format)
+        calibrate.quantized(network, section, lambda net: None)
+        names = checkpoints.quantizers(network)
+        if format == "mxfp8":
+            calibrate._nothing_slipped_by(network, names, {"0"}, section)
+        else:
+            with pytest.raises(InputError, match="0 never ran while calibrating"):
+                calibrate._nothing_slipped_by(network, names, {"0"}, section)
+
+
 def test_a_width_that_blocks_do_not_divide_is_refused(kernels: None, image: Any) -> None:
     with pytest.raises(InputError, match=r"blocks of 32 do not divide the inputs of net \(20\); name them"):
         calibrate._check(Quantize(format="mxfp8"), {"net": torch.nn.Linear(20, 3)}, {})
