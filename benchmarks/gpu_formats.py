@@ -1,6 +1,7 @@
 """FP8, NVFP4 and MXFP8 on a GPU through the pipeline's own stages: calibrated, trained, restored, exported.
 
 python -m benchmarks.gpu_formats OUT_FOLDER [--small] [--only PART …]     parts: nvfp4, mxfp8, fp8, handover
+python -m benchmarks.gpu_formats OUT_FOLDER --plans     on what was brought back, with TensorRT-RTX and no GPU
 
 A BERT with random weights (335 million parameters, or some 5 million) over bytes: no accuracy, but whether
 what was saved computes the same, how far each format moves the logits, whether the codes that are exported
@@ -32,7 +33,7 @@ from recipes.build import Export
 from recipes.compress import Finetune, Quantize
 from tasks import batches, calibrate, checkpoints, finetune, handover, microscaled, store
 from tasks.artifacts import Checkpoint, Dataset, OnnxModel
-from tasks.engines import microscale, tensorrt_parity
+from tasks.engines import microscale, tensorrt, tensorrt_parity
 from tasks.export import export
 
 PARTS = ("nvfp4", "mxfp8", "handover", "fp8")
@@ -241,6 +242,26 @@ def apart(part: str, out: Path, size: str, limit: float) -> dict[str, Any]:
     return found if ended == 0 else {**found, "ended": ended, "log": log.read_text()[-4000:]}
 
 
+def elsewhere(out: Path) -> dict[str, Any]:
+    """What was brought back, on a machine that may have no GPU: evaluated, and a TensorRT-RTX plan built."""
+    found: dict[str, Any] = {}
+    for file in sorted(out.glob("*.npz")):
+        arrays, model = dict(np.load(file)), file.with_suffix(".onnx")
+        plain, quantized = arrays.pop("plain"), arrays.pop("quantized")
+        got = tensorrt_parity.reference(model, [arrays])[0]["logits"]
+        built = tensorrt.build(
+            model, out / f"{file.stem}.rtx", samples=[arrays], flavor="tensorrt_rtx", refit="never"
+        )
+        found[file.stem] = {
+            "moved": cosine(plain, quantized),
+            "evaluated": cosine(got, quantized),
+            "onnx_bytes": model.stat().st_size,
+            "plan_bytes": (out / f"{file.stem}.rtx/plan/engine.plan").stat().st_size,
+            "proved": f"{built.proved}, {built.runtime} {built.version}",
+        }
+    return found
+
+
 def main() -> None:
     """Each part in turn; the report is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -248,10 +269,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_const", const="small", default="large", dest="size")
     parser.add_argument("--only", nargs="*", default=PARTS)
     parser.add_argument("--limit", type=float, default=600, help="seconds for each part")
+    parser.add_argument("--plans", action="store_true", help="build what OUT_FOLDER holds; needs no GPU")
     parser.add_argument("--size", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.plans:
+        print(json.dumps(elsewhere(given.out), indent=1))
+        return
     if given.part:
         here(given.part, given.out, given.size)
         return

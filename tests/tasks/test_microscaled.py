@@ -158,20 +158,37 @@ def test_the_graph_computes_what_the_network_does(
     )
 
 
+def kept_and_saved(case: Any, format: Any) -> tuple[np.ndarray, Checkpoint]:
+    """Logits of the network that was calibrated, never saved; and the checkpoint of another calibration."""
+    model = checkpoints.restore(case.checkpoint)[0].to(checkpoints.device())
+    loop = batches.forward_loop(case.dataset, batches.preprocessor(case.checkpoint), 32, "calibrate")
+    batch = {k: v.to(checkpoints.device()) for k, v in batches.tensors(sample(case)).items()}
+    quantized: Any = calibrate.quantized(model, Quantize(format=format), loop)
+    with torch.no_grad():
+        return quantized(**batch).logits.cpu().numpy(), calibrated(case, format)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_saved_is_restored_and_trains_on(kernels: None, text: Any, format: str) -> None:
-    model = checkpoints.restore(text.checkpoint)[0].to(checkpoints.device())
-    loop = batches.forward_loop(text.dataset, batches.preprocessor(text.checkpoint), 32, "calibrate")
-    batch = {k: v.to(checkpoints.device()) for k, v in batches.tensors(sample(text)).items()}
-    with torch.no_grad():
-        kept = calibrate.quantized(model, Quantize(format=format), loop)(**batch).logits.cpu().numpy()  # type: ignore[arg-type]
-    candidate = calibrated(text, format)
+    kept, candidate = kept_and_saved(text, format)
     np.testing.assert_array_equal(logits(candidate, sample(text)), kept)
     after = finetune.fn(candidate, text.dataset, Finetune(epochs=1, learning_rate=1e-3))
     assert np.abs(logits(after, sample(text)) - kept).max() > 1e-4
     exported = export.fn(after, text.dataset, NEW, "fp32")
     limit = 1e-3 if torch.cuda.is_available() else 1e-5
     assert np.abs(evaluated(exported, sample(text)) - logits(after, sample(text))).max() < limit
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_on_a_gpu_logits_are_restored_bit_for_bit_and_the_graph_is_valid(text: Any, format: str) -> None:
+    kept, candidate = kept_and_saved(text, format)
+    np.testing.assert_array_equal(logits(candidate, sample(text)), kept)
+    model = export.fn(candidate, text.dataset, NEW, "fp16")
+    assert model.facts["quantize_nodes"] == 14
+    wrong = np.linalg.norm(evaluated(model, sample(text)) - kept) / np.linalg.norm(kept)
+    assert wrong < (0.2 if format == "nvfp4" else 0.05)  # FP16 turns a code of 4 bits over now and then
 
 
 def test_pruned_weights_stay_pruned(kernels: None, text: Any) -> None:
@@ -219,6 +236,38 @@ def test_a_plan_is_built_where_nothing_can_run_it(kernels: None, text: Any, form
         model, candidate, text.dataset, Build(runtime="tensorrt-rtx"), "tensorrt-rtx", host("tensorrt-rtx")
     )
     assert (engine.proved, engine.format) == ("built", format)
+
+
+@needs_rtx
+@no_gpu
+@pytest.mark.parametrize(("format", "bits"), [("nvfp4", 4.5), ("mxfp8", 8.25)])
+def test_a_plan_keeps_weights_in_their_bits(format: str, bits: float, tmp_path: Path) -> None:
+    size = 1024
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((size, size)).astype(np.float32)
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "model.wide.weight.T"], ["y"], name="/model/wide/MatMul")],
+        "g",
+        [info("x", TensorProto.FLOAT16, ["batch", size])],
+        [info("y", TensorProto.FLOAT16, ["batch", size])],
+        [numpy_helper.from_array(weight.T.astype(np.float16), "model.wide.weight.T")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    scale = microscale.global_scale(float(np.abs(weight).max()))
+    layer = microscaled.Layer(*microscale.mxfp8(weight))
+    if format == "nvfp4":
+        layer = microscaled.Layer(*microscale.nvfp4(weight, scale), scale, scale)
+    microscaled.place(model, {"wide": layer})
+    onnx.save(model, tmp_path / "model.onnx")
+    rows = random.standard_normal((8, size)).astype(np.float16)
+    built = tensorrt.build(tmp_path, tmp_path / "out", samples=[{"x": rows}], flavor="tensorrt_rtx")
+    assert built.proved == "built"
+    beside = (tmp_path / "out/plan/engine.plan").stat().st_size - weight.size * bits / 8
+    assert 0 < beside < 500_000  # what a plan takes without any weights is 0.3 MB
+    got = tensorrt_parity.evaluate(model, [{"x": rows.astype(np.float32)}])[0]["y"]
+    meant = fake(rows.astype(np.float32), format, float(np.abs(weight).max())) @ microscaled.values(layer).T
+    assert tensorrt_parity.error({"y": got}, {"y": meant}) < 1e-6
 
 
 def test_onnx_runtime_still_has_no_kernels(kernels: None, text: Any) -> None:
