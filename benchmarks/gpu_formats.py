@@ -1,6 +1,7 @@
 """FP8, NVFP4 and MXFP8 on a GPU through the pipeline's own stages: calibrated, trained, restored, exported.
 
-python -m benchmarks.gpu_formats OUT_FOLDER [--small] [--only FORMAT …]
+python -m benchmarks.gpu_formats OUT_FOLDER [--small] [--only PART …]     parts: nvfp4, mxfp8, fp8, handover
+python -m benchmarks.gpu_formats OUT_FOLDER --plans     on what was brought back, with TensorRT-RTX and no GPU
 
 A BERT with random weights (335 million parameters, or some 5 million) over bytes: no accuracy, but whether
 what was saved computes the same, how far each format moves the logits, whether the codes that are exported
@@ -11,9 +12,12 @@ each format FORMAT.onnx (FP16) and FORMAT.npz: a batch, and the network's logits
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -27,12 +31,12 @@ import numpy as np
 from benchmarks import gpu
 from recipes.build import Export
 from recipes.compress import Finetune, Quantize
-from tasks import batches, calibrate, checkpoints, finetune, microscaled, store
+from tasks import batches, calibrate, checkpoints, finetune, handover, microscaled, store
 from tasks.artifacts import Checkpoint, Dataset, OnnxModel
-from tasks.engines import microscale, tensorrt_parity
+from tasks.engines import microscale, tensorrt, tensorrt_parity
 from tasks.export import export
 
-FORMATS = ("fp8", "nvfp4", "mxfp8")
+PARTS = ("nvfp4", "mxfp8", "handover", "fp8")
 SMALL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
 LAYER = "bert.encoder.layer.0.intermediate.dense"
 
@@ -43,6 +47,11 @@ def small(labels: int) -> Any:
 
     config = BertConfig(vocab_size=256, num_labels=labels, attn_implementation="eager", **SMALL)
     return BertForSequenceClassification(config)
+
+
+def large(labels: int) -> Any:
+    """The other benchmarks' BERT."""
+    return gpu.network(labels)
 
 
 def logits(model: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -60,7 +69,20 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float((one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other)))
 
 
-def timed(report: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
+class Report(dict[str, Any]):
+    """What was found so far, written down at every step: a crash of the process takes nothing along."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self.file.write_text(json.dumps(self, indent=1, default=str))
+        print(name, json.dumps(value, default=str)[:1500], flush=True)
+
+
+def timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
     """What `work` returns; its seconds and peak device memory go into the report."""
     import torch
 
@@ -76,31 +98,39 @@ def timed(report: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
     return found
 
 
-def one(format: str, start: Checkpoint, data: Dataset, out: Path, report: dict[str, Any]) -> None:
+def one(format: str, start: Checkpoint, data: Dataset, out: Path, report: Report) -> None:
     """Every step of one format; the report holds what was found so far."""
     section = Quantize(format=format, batch_size=gpu.BATCH, exclude=("classifier",))
     batch = batches.samples(data, batches.preprocessor(start), count=1)[0]
     plain = logits(checkpoints.restore(start)[0], batch)
     saved = timed(report, "calibrate", lambda: calibrate.calibrate.fn(start, data, section))
-    report["quantizers"] = checkpoints.counted(checkpoints.quantizers(checkpoints.restore(saved)[0]))
+    restored = checkpoints.restore(saved)[0]
+    report["quantizers"] = checkpoints.counted(checkpoints.quantizers(restored))
+    model = timed(report, "export", lambda: export.fn(saved, data, Export(opset=23), "fp16"))
+    report["onnx"] = described(model, out / f"{format}.onnx")
+    after = timed(report, "forward", lambda: logits(restored, batch))
+    arrays: dict[str, Any] = {**batch, "plain": plain, "quantized": after}
+    np.savez(out / f"{format}.npz", **arrays)
+    report["cosine"] = cosine(plain, after)
+    report["largest_difference"] = float(np.abs(plain - after).max())
 
     # Calibrated again without saving: the same numbers, or the checkpoint lost something.
-    model = checkpoints.restore(start)[0].to(checkpoints.device())
+    again = checkpoints.restore(start)[0].to(checkpoints.device())
     loop = batches.forward_loop(data, batches.preprocessor(start), gpu.BATCH, "calibrate")
-    kept = logits(calibrate.quantized(model, section, loop), batch)
-    restored = checkpoints.restore(saved)[0]
-    again = logits(restored, batch)
-    report |= {"restored_bit_equal": bool((kept == again).all()), "cosine": cosine(plain, again)}
-    report["largest_difference"] = float(np.abs(plain - again).max())
+    kept = logits(calibrate.quantized(again, section, loop), batch)
+    report["restored_bit_equal"] = bool((kept == after).all())
     if format != "fp8":
         attempt(report, "codes", lambda: codes(restored))
+    attempt(report, "evaluated", lambda: evaluated(model, batch, after))
+    attempt(report, "qat", lambda: trained(report, saved, data, batch))
 
-    model_file = timed(report, "export", lambda: export.fn(saved, data, Export(opset=23), "fp16"))
-    report["onnx"] = described(model_file, out / f"{format}.onnx")
-    arrays: dict[str, Any] = {**batch, "plain": plain, "quantized": again}
-    np.savez(out / f"{format}.npz", **arrays)
-    attempt(report, "evaluated", lambda: evaluated(model_file, batch, again))
-    attempt(report, "qat", lambda: trained(saved, data, batch))
+
+def handed_over() -> dict[str, Any]:
+    """A small language model in NVFP4 as a Hugging Face checkpoint, compared tensor by tensor."""
+    start, data = gpu.prepared("recipes.tiny_llama:build", "causal-lm")
+    section = Quantize(format="nvfp4", exclude=("lm_head", "model.embed_tokens"))
+    made = handover.handover.fn(calibrate.calibrate.fn(start, data, section), data)
+    return {**made.values, **made.facts}
 
 
 def codes(model: Any) -> dict[str, Any]:
@@ -163,18 +193,17 @@ def evaluated(model: OnnxModel, batch: dict[str, np.ndarray], wanted: np.ndarray
     return {"cosine": cosine(got, wanted), "largest_difference": float(np.abs(got - wanted).max())}
 
 
-def trained(saved: Checkpoint, data: Dataset, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def trained(report: Report, saved: Checkpoint, data: Dataset, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     """A short QAT, restored and exported."""
-    report: dict[str, Any] = {}
     section = Finetune(epochs=1, batch_size=8, learning_rate=1e-4)
     after = timed(report, "train", lambda: finetune.finetune.fn(saved, data, section))
     values = logits(checkpoints.restore(after)[0], batch)
     model = export.fn(after, data, Export(opset=23), "fp16")
     losses = [row["loss"] for row in after.facts["curve"] if "loss" in row]
-    return report | {"losses": losses[:3] + losses[-3:], "evaluated": evaluated(model, batch, values)}
+    return {"losses": losses[:3] + losses[-3:], "evaluated": evaluated(model, batch, values)}
 
 
-def attempt(report: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
+def attempt(report: Report, name: str, work: Callable[[], Any]) -> None:
     """The part's result, or its traceback: the others go on."""
     try:
         report[name] = work()
@@ -182,26 +211,81 @@ def attempt(report: dict[str, Any], name: str, work: Callable[[], Any]) -> None:
         report[name] = {"error": traceback.format_exc()[-4000:]}
 
 
+def here(part: str, out: Path, size: str) -> None:
+    """One format, or the handover, in this process."""
+    faulthandler.enable()
+    if size == "small":
+        os.environ["BENCHMARK_SMALL"] = "1"  # few rows, too
+    os.environ["ENGINEHOUSE_HOME"] = tempfile.mkdtemp()
+    store.prepare()
+    report = Report(out / f"{part}.json")
+    if part == "handover":
+        attempt(report, part, handed_over)
+        return
+    start, data = gpu.prepared(f"benchmarks.gpu_formats:{size}")
+    report["device"], report["parameters"] = gpu.device(), start.facts["parameters"]
+    attempt(report, "failed", lambda: one(part, start, data, out, report))
+
+
+def apart(part: str, out: Path, size: str, limit: float) -> dict[str, Any]:
+    """The same in a process of its own: what it wrote down, and its last words if it did not end well."""
+    written, log = out / f"{part}.json", out / f"{part}.log"
+    command = [sys.executable, "-m", "benchmarks.gpu_formats", str(out), "--part", part, "--size", size]
+    with log.open("w") as file:
+        try:
+            ended: Any = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            ended = f"took more than {limit:g} s"
+    found: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {}
+    return found if ended == 0 else {**found, "ended": ended, "log": log.read_text()[-4000:]}
+
+
+def elsewhere(out: Path) -> dict[str, Any]:
+    """What was brought back, on a machine that may have no GPU: evaluated, and a TensorRT-RTX plan built."""
+    found: dict[str, Any] = {}
+    for file in sorted(out.glob("*.npz")):
+        arrays, model = dict(np.load(file)), file.with_suffix(".onnx")
+        plain, quantized = arrays.pop("plain"), arrays.pop("quantized")
+        got = tensorrt_parity.reference(model, [arrays])[0]["logits"]
+        built = tensorrt.build(
+            model, out / f"{file.stem}.rtx", samples=[arrays], flavor="tensorrt_rtx", refit="never"
+        )
+        found[file.stem] = {
+            "moved": cosine(plain, quantized),
+            "evaluated": cosine(got, quantized),
+            "onnx_bytes": model.stat().st_size,
+            "plan_bytes": (out / f"{file.stem}.rtx/plan/engine.plan").stat().st_size,
+            "proved": f"{built.proved}, {built.runtime} {built.version}",
+        }
+    return found
+
+
 def main() -> None:
-    """Each format in turn; the report is written after each."""
+    """Each part in turn; the report is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--only", nargs="*", default=FORMATS)
+    parser.add_argument("--small", action="store_const", const="small", default="large", dest="size")
+    parser.add_argument("--only", nargs="*", default=PARTS)
+    parser.add_argument("--limit", type=float, default=600, help="seconds for each part")
+    parser.add_argument("--plans", action="store_true", help="build what OUT_FOLDER holds; needs no GPU")
+    parser.add_argument("--size", help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.small:
-        os.environ["BENCHMARK_SMALL"] = "1"
-    os.environ.setdefault("ENGINEHOUSE_HOME", tempfile.mkdtemp())
-    store.prepare()
     given.out.mkdir(parents=True, exist_ok=True)
-    function = "benchmarks.gpu_formats:small" if given.small else "benchmarks.gpu:network"
-    start, data = gpu.prepared(function)
-    report: dict[str, Any] = {"device": gpu.device(), "parameters": start.facts["parameters"]}
-    for format in given.only:
-        found = report.setdefault(format, {})
-        attempt(found, "failed", lambda: one(format, start, data, given.out, found))  # noqa: B023
-        (given.out / "report.json").write_text(json.dumps(report, indent=1, default=str))
-        print(format, json.dumps(found, default=str)[:3000], flush=True)
+    if given.plans:
+        print(json.dumps(elsewhere(given.out), indent=1))
+        return
+    if given.part:
+        here(given.part, given.out, given.size)
+        return
+    report: dict[str, Any] = {}
+    for part in given.only:
+        report[part] = apart(part, given.out, given.size, given.limit)
+        (given.out / "report.json").write_text(json.dumps(report, indent=1))
+        told = {name: value for name, value in report[part].items() if name != "onnx"}
+        print(part, json.dumps(told)[-3500:], flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Needs(NamedTuple):
         return self.column != "image"
 
 
-HANDED_OVER = ("fp8", "int4", "int8")
+HANDED_OVER = ("fp8", "int4", "int8", "nvfp4")
 """Formats that ModelOpt writes as a Hugging Face checkpoint and that vLLM and TensorRT-LLM read."""
 
 TASKS: dict[str, Needs] = {

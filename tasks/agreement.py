@@ -30,11 +30,14 @@ def agreement(engine: Engine, checkpoint: Checkpoint, dataset: Dataset, host: st
     kind: Any = types.load(dataset.type)
     encoded = batches.inputs(dataset, "calibration", store.path(engine.preprocessor))[:TEXTS]
     prompts = [{name: array[:PROMPT] for name, array in item.items() if array.ndim} for item in encoded]
-    network, _ = checkpoints.restore(checkpoint)
+    network, device = checkpoints.restore(checkpoint)[0], checkpoints.device()
+    network.to(device)
 
     def run(examples: Sequence[types.Example]) -> np.ndarray:
+        given = batches.tensors(kind.collate(examples))
         with torch.no_grad():
-            return np.asarray(kind.forward(network, batches.tensors(kind.collate(examples))))
+            found = kind.forward(network, {name: tensor.to(device) for name, tensor in given.items()})
+        return np.asarray(found.cpu())
 
     wanted = kind.generate(prompts, run)
     with opened(engine) as session:

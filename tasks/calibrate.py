@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from recipes.compress import MICROSCALED, Quantize
-from tasks import auto_precision, batches, checkpoints, layers, observe, store
+from tasks import auto_precision, batches, checkpoints, layers, microscaled, observe, store
 from tasks.artifacts import Checkpoint, Dataset, Observations
 from tasks.errors import InputError
 from tasks.stage import stage
@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
     Loop = Callable[[nn.Module], None]
 
-FP4, FP8, E8M0 = (2, 1), (4, 3), (8, 0)  # bits of exponent and mantissa
-SMALL: dict[str, dict[str, Any]] = {
-    "nvfp4": {"num_bits": FP4, "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": FP8}},
-    "mxfp8": {"num_bits": FP8, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": E8M0}},
-}
-"""Blocks along K, the same for weights and activations; NVFP4 has a scale for the whole tensor, too."""
+FP8 = (4, 3)  # bits of exponent and mantissa
 LINEAR_ONLY = ("int4", "w4a8", *MICROSCALED)
 ALGORITHMS: dict[str, Any] = {"smoothquant": "smoothquant", "awq": {"method": "awq_lite"}}
 BMM = ("q_bmm_quantizer", "k_bmm_quantizer", "p_bmm_quantizer", "v_bmm_quantizer")
@@ -206,16 +201,16 @@ def _weights(section: Quantize, embedding: bool) -> Any:
         return fp8
     if embedding or section.format in ("int8", "int8-weight-only"):
         return int8
-    if section.format in SMALL:
-        return SMALL[section.format]
+    if section.format in MICROSCALED:
+        return microscaled.QUANTIZERS[section.format]
     int4 = {"num_bits": 4, "block_sizes": {-1: section.block_size}}
     return [int4, fp8] if section.format == "w4a8" else int4
 
 
 def _inputs(section: Quantize) -> dict[str, Any] | None:
     """One scale for each activation, or small blocks; None where only weights are quantized."""
-    if section.format in SMALL:
-        return SMALL[section.format]
+    if section.format in MICROSCALED:
+        return microscaled.QUANTIZERS[section.format]
     bits: dict[str, Any] = {"int8": 8, "fp8": FP8, "w4a8": FP8}
     return {"num_bits": bits[section.format], "axis": None} if section.format in bits else None
 
@@ -254,11 +249,12 @@ def _nothing_slipped_by(model: nn.Module, names: list[str], chosen: set[str], se
         raise InputError(
             f"quantize: ModelOpt cannot quantize {', '.join(missed)}; name them in quantize.exclude"
         )
+    inputs = {name: model.get_submodule(name) for name in names if not name.endswith("weight_quantizer")}
     idle = [
         name.rpartition(".")[0]
-        for name in names
-        if not name.endswith("weight_quantizer") and not hasattr(model.get_submodule(name), "_amax")
-    ]
+        for name, quantizer in inputs.items()
+        if quantizer.amax is None and microscaled.scale_bits(quantizer) != microscaled.E8M0_SCALES
+    ]  # MXFP8 has no range of the whole
     if idle:
         raise InputError(
             f"quantize: {', '.join(idle)} never ran while calibrating, so they have no range; name them in "

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import layers, norms, store, types
+from tasks import layers, microscaled, norms, store, types
 from tasks.artifacts import Checkpoint, Facts
 from tasks.errors import InputError
 
@@ -111,6 +111,9 @@ def _format(model: nn.Module, names: Sequence[str]) -> str:
     kinds = {
         str(getattr(part, "num_bits", None)) for name in names for part in model.get_submodule(name).modules()
     }
+    scales = {microscaled.scale_bits(model.get_submodule(name)) for name in names}
+    if scales & set(microscaled.FORMATS):
+        return next(microscaled.FORMATS[bits] for bits in scales if bits)
     inputs = any(not name.endswith("weight_quantizer") for name in names)
     if "4" in kinds:
         return "w4a8" if "(4, 3)" in kinds else "int4"

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from recipes.compress import MICROSCALED
 from recipes.schema import Drift
 from tasks import batches, store, types
 from tasks.artifacts import Dataset, Engine, Metrics, OnnxModel
 from tasks.engines import together
 from tasks.engines.common import Session
 from tasks.errors import InputError
+from tasks.running import opened
 from tasks.stage import stage
 
 BATCH, BINS = 32, 10
@@ -68,6 +70,8 @@ def observe(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str
 def _counting(engine: Engine, model: OnnxModel | None) -> AbstractContextManager[Session]:
     from tasks.engines.onnxruntime_ranges import counting
 
+    if engine.format in MICROSCALED:  # quantized as they come: no ONNX Runtime runs it, no range ends
+        return opened(engine)
     assert model or engine.plan.runtime == "onnxruntime", "another runtime's engine is counted in its ONNX"
     plan = store.path(model.blob if model else engine.plan.blob)
     weights = store.path(engine.weights) if engine.weights and not model else None

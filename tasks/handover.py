@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import batches, checkpoints, store
 from tasks.artifacts import Checkpoint, Dataset, Facts, Metrics
+from tasks.engines import microscale
 from tasks.errors import InputError
 from tasks.stage import stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ", "int8": "W8A8_SQ_PER_CHANNEL"}
+ALGORITHMS = {"fp8": "FP8", "int4": "W4A16_AWQ", "int8": "W8A8_SQ_PER_CHANNEL", "nvfp4": "NVFP4"}
 """What the checkpoint's own configuration must say of each format."""
-ENDS = {"fp8": 448.0, "int8": 127.0}
+ENDS = {"fp8": 448.0, "int8": 127.0, "nvfp4": 6 * 448.0}
 NEAR = 1e-5
 FLIPPED = 1e-3
 
@@ -45,7 +46,7 @@ def handover(checkpoint: Checkpoint, dataset: Dataset) -> Metrics:
     not the network's.
     """
     format = checkpoint.facts["format"]
-    network: Any = checkpoints.restore(checkpoint)[0]
+    network: Any = checkpoints.restore(checkpoint)[0].to(checkpoints.device())
     if not hasattr(network, "save_pretrained"):
         raise InputError("export.huggingface: the network is not one of transformers; leave it out")
     if network.config.architectures is None:  # a network from a configuration, never saved by transformers
@@ -77,9 +78,9 @@ def _written(network: nn.Module, folder: Path) -> tuple[dict[str, Meant], dict[s
             quantizer: Any = getattr(module, "weight_quantizer", None)
             if quantizer is not None and quantizer.is_enabled:
                 amax = module.input_quantizer.amax if module.input_quantizer.is_enabled else None
-                weight = quantizer(module.weight.detach().float()).clone()
+                weight = quantizer(module.weight.detach().float()).cpu().clone()
                 meant[name] = Meant(weight, None if amax is None else float(amax))
-        state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
         unified.export_hf_checkpoint(network, export_dir=folder)
     return meant, state
 
@@ -133,9 +134,21 @@ def _dequantized(stored: dict[str, Tensor], layer: str, format: str) -> Tensor:
         return weight.float() * scale
     if format == "int8":
         return weight.float() * scale.reshape(-1, 1)
+    if format == "nvfp4":
+        return _fp4(weight, scale, float(stored[f"{layer}.weight_scale_2"]))
     codes = torch.stack([weight & 0x0F, weight >> 4], dim=1).to(torch.int8)  # two rows in a byte
     codes = torch.where(codes > 7, codes - 16, codes).reshape(-1, weight.shape[1])
     return (codes.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).reshape(codes.shape)
+
+
+def _fp4(packed: Tensor, scales: Tensor, scale: float) -> Tensor:
+    """NVFP4's weight from two codes in a byte, a scale for each block, and that of them all."""
+    import ml_dtypes
+    import torch
+
+    codes = torch.stack([packed & 0x0F, packed >> 4], dim=-1).reshape(packed.shape[0], -1)
+    four = codes.numpy().view(ml_dtypes.float4_e2m1fn)
+    return torch.from_numpy(microscale.nvfp4_values(four, scales.numpy(), scale))
 
 
 def _reloaded(stored: dict[str, Tensor], meant: dict[str, Meant], format: str) -> dict[str, Tensor]:
@@ -162,9 +175,10 @@ def _plain(network: Any, weights: dict[str, Tensor]) -> nn.Module:
 def _logits(network: Any, batch: dict[str, Any]) -> Tensor:
     import torch
 
+    given = {name: tensor.to(network.device) for name, tensor in batches.tensors(batch).items()}
     with torch.no_grad():
-        found: Tensor = network(**batches.tensors(batch), use_cache=False).logits
-    return found
+        found: Tensor = network(**given, use_cache=False).logits
+    return found.cpu()
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

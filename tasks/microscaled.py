@@ -1,9 +1,9 @@
 """NVFP4 and MXFP8 between network and graph: weights in small blocks, activations quantized as they come.
 
-ModelOpt's own exporters of both run the network on a GPU, take NVFP4's range of a weight from the weight
-instead of from its quantizer, and leave a graph of mixed types (MXFP8's also makes GELU another function).
-Here the network is traced without these quantizers; once the rest of the graph has its precision, weights
-become codes and scales, and TensorRT's dynamic quantizers go in front of the products.
+ModelOpt's own exporters of both run the network on a GPU and leave graphs that TensorRT's parser refuses:
+FP16 products beside FP32 biases, widths open where it must know them (and MXFP8's makes every GELU another
+function). Here the network is traced without these quantizers; once the rest of the graph has its
+precision, weights become codes and scales, and TensorRT's dynamic quantizers go in front of the products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 IR_VERSION = 11  # the first with FP4
-E8M0_SCALES = (8, 0)
+FP8_SCALES, E8M0_SCALES = (4, 3), (8, 0)
+FORMATS = {FP8_SCALES: "nvfp4", E8M0_SCALES: "mxfp8"}
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "nvfp4": {
+        "num_bits": (2, 1),  # of exponent and mantissa
+        "block_sizes": {-1: microscale.NVFP4_BLOCK, "type": "dynamic", "scale_bits": FP8_SCALES},
+    },
+    "mxfp8": {
+        "num_bits": (4, 3),
+        "block_sizes": {-1: microscale.MXFP8_BLOCK, "type": "dynamic", "scale_bits": E8M0_SCALES},
+    },
+}
+"""ModelOpt's words for both, the same of weights and activations."""
 HALF = "_10"  # what `tasks.outside` adds to the name of a weight in FP16
 
 
@@ -44,16 +56,31 @@ def scale_bits(quantizer: Any) -> tuple[int, int] | None:
 
 
 def lift(network: nn.Module) -> dict[str, Layer]:
-    """The layers in NVFP4 and MXFP8; the network keeps its weights, and no quantizer of these."""
+    """The layers in NVFP4 and MXFP8; the network keeps its weights, and no quantizer of these.
+
+    Raises InputError for what ModelOpt has beside these two: weights alone, ranges of blocks that are kept.
+    """
     found: dict[str, Layer] = {}
     for name, module in network.named_modules():
         quantizer: Any = getattr(module, "weight_quantizer", None)
         if scale_bits(quantizer) and quantizer.is_enabled:
+            pair = (quantizer, module.input_quantizer)
+            if not all(one.is_enabled and _known(one) for one in pair):
+                raise InputError(
+                    f"export: {name} is not in NVFP4 or MXFP8 as ModelOpt's NVFP4_DEFAULT_CFG and "
+                    "MXFP8_DEFAULT_CFG have them, weights and activations both"
+                )
             found[name] = _taken(module)
-            for one in (quantizer, module.input_quantizer):
+            for one in pair:
                 one.disable()
                 one._block_sizes, one._num_bits = None, 8  # else ModelOpt takes its own route, on or off
     return found
+
+
+def _known(quantizer: Any) -> bool:
+    bits = scale_bits(quantizer)
+    sizes = {**(quantizer.block_sizes or {}), "scale_bits": bits}
+    return {"num_bits": quantizer.num_bits, "block_sizes": sizes} in QUANTIZERS.values()
 
 
 def _taken(module: Any) -> Layer:

@@ -127,6 +127,19 @@ def test_a_section_survives_being_written_down_and_read_again() -> None:
     assert type(said).model_validate(said.model_dump(mode="json")) == said
 
 
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
+def test_small_blocks_are_not_for_onnx_runtime(format: str) -> None:
+    changes = [f"quantize.format={format}", "export.opset=23"]
+    with pytest.raises(
+        RecipeError, match=f"{format} has no kernels in ONNX Runtime.*build.runtime to tensorrt"
+    ):
+        recipes.load(QUICK, [*changes, "build.also=[tensorrt-rtx]"])
+    target = ["build.runtime=tensorrt", "build.also=[tensorrt-rtx]"]
+    assert recipes.load(QUICK, [*changes, *target]).quantize
+    with pytest.raises(RecipeError, match="leave onnxruntime out of build.also"):
+        recipes.load(QUICK, [*changes, "build.runtime=tensorrt", "build.also=[onnxruntime]"])
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         recipes.load(QUICK, ["quantize.format=int7", "finetune.epochs=-1"])

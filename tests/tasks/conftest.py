@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from recipes import load as recipe
 from recipes.data import Data
 from recipes.schema import Model
-from tasks import load
+from tasks import calibrate, load
 from tasks.artifacts import Checkpoint, Dataset
+from tasks.engines import microscale
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,25 @@ def image() -> Case:
 def _case(model: Model, data: Data, task: str) -> Case:
     dataset = load.load_data.fn(data, task, "content")
     return Case(dataset, load.load_model.fn(model, data, task, "content", 0), model, data)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModelOpt's kernels for NVFP4 and MXFP8, in NumPy where there is no GPU."""
+    import torch
+    from modelopt.torch.quantization import tensor_quant
+
+    if torch.cuda.is_available():
+        return
+
+    def kernel(inputs: Any, block: int, amax: Any, bits: int, exponent: int, *scale: int) -> Any:
+        values = inputs.detach().float().numpy()
+        if scale[1] == 8:  # E8M0
+            found = microscale.mxfp8_values(*microscale.mxfp8(values))
+        else:
+            whole = microscale.global_scale(float(amax))
+            found = microscale.nvfp4_values(*microscale.nvfp4(values, whole), whole)
+        return torch.from_numpy(found).to(inputs.dtype)
+
+    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", kernel)
+    monkeypatch.setattr(calibrate, "check_calibration", lambda section: None)

@@ -115,6 +115,34 @@ def test_fp8_on_an_old_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch) -> Non
     build.check_build(section, "int8", 20)
 
 
+@pytest.mark.parametrize(
+    ("version", "gpu", "format", "says"),
+    [
+        ("10.7.0", (10, 0), "nvfp4", "nvfp4 needs TensorRT 10.8 or newer; here is 10.7.0"),
+        ("10.14.1", (9, 0), "nvfp4", "nvfp4 needs compute capability 10.0 .Blackwell.*use fp8 or int8"),
+        ("10.14.1", (8, 9), "mxfp8", "mxfp8 needs compute capability 10.0"),
+    ],
+)
+def test_small_blocks_on_an_old_tensorrt_or_gpu_are_said_first(
+    version: str, gpu: tuple[int, int], format: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "version_of", lambda flavor: version)
+    monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA", gpu))
+    with pytest.raises(InputError, match=says):
+        build.check_build(Build(runtime="tensorrt"), format, 23)
+    monkeypatch.setattr(api, "version_of", lambda flavor: "10.8")
+    monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA B200", (10, 0)))
+    build.check_build(Build(runtime="tensorrt"), format, 23)
+
+
+def test_tensorrt_for_rtx_takes_mxfp8_one_generation_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "version_of", lambda flavor: "1.7.1.116")
+    monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA GeForce RTX 4090", (8, 9)))
+    build.check_build(Build(runtime="tensorrt-rtx"), "mxfp8", 23)
+    with pytest.raises(InputError, match="nvfp4 needs compute capability 10.0"):
+        build.check_build(Build(runtime="tensorrt-rtx"), "nvfp4", 23)
+
+
 @needs_rtx
 @no_gpu
 def test_a_refit_that_nothing_here_can_try_is_said_first() -> None:

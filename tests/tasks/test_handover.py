@@ -43,11 +43,16 @@ def start(lm_recipe: Path) -> tuple[Dataset, Checkpoint]:
             torch.int8,
             marks=pytest.mark.long,
         ),
+        ({"format": "nvfp4"}, "NVFP4", torch.uint8),
     ],
     ids=lambda value: value.get("format") if isinstance(value, dict) else "",
 )
 def test_what_is_written_is_the_network(
-    start: tuple[Dataset, Checkpoint], section: dict[str, Any], algorithm: str, kind: torch.dtype
+    kernels: None,
+    start: tuple[Dataset, Checkpoint],
+    section: dict[str, Any],
+    algorithm: str,
+    kind: torch.dtype,
 ) -> None:
     dataset, checkpoint = start
     quantized = calibrate.fn(checkpoint, dataset, Quantize(**section, exclude=LEFT))
@@ -56,7 +61,7 @@ def test_what_is_written_is_the_network(
     assert made.facts["quantized"] == 14
     assert made.facts["algorithm"] == algorithm
     assert made.facts["codes_rounded_apart"] <= made.facts["codes"] * 1e-3
-    assert made.values["logits_cosine"] > 0.99
+    assert made.values["logits_cosine"] > (0.98 if algorithm == "NVFP4" else 0.99)  # activations of 4 bits
     folder = store.path(made.blob)
     assert (folder / "tokenizer.json").is_file()
     told = json.loads((folder / "config.json").read_text())["quantization_config"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import recipes
 from recipes.build import Build, Export
 from recipes.compress import Finetune, Quantize, Sparsify
 from tasks import batches, calibrate, checkpoints, microscaled, store, types
 from tasks import export as export_module
 from tasks.artifacts import Checkpoint, OnnxModel
 from tasks.build import build, host, installed
-from tasks.engines import microscale, tensorrt, tensorrt_parity
+from tasks.engines import microscale, tensorrt, tensorrt_options, tensorrt_parity
 from tasks.errors import InputError
 from tasks.export import export
 from tasks.finetune import finetune
@@ -36,22 +38,6 @@ def fake(values: np.ndarray, format: str, end: float) -> np.ndarray:
         return microscale.mxfp8_values(*microscale.mxfp8(values))
     scale = microscale.global_scale(end)
     return microscale.nvfp4_values(*microscale.nvfp4(values, scale), scale)
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ModelOpt's kernels, in NumPy where there is no GPU."""
-    if torch.cuda.is_available():
-        return
-    from modelopt.torch.quantization import tensor_quant
-
-    def kernel(inputs: Any, block: int, amax: Any, bits: int, exponent: int, *scale: int) -> Any:
-        end = 0.0 if amax is None else float(amax)
-        found = fake(inputs.detach().float().numpy(), "mxfp8" if scale[1] == 8 else "nvfp4", end)
-        return torch.from_numpy(found).to(inputs.dtype)
-
-    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", kernel)
-    monkeypatch.setattr(calibrate, "check_calibration", lambda section: None)
 
 
 def calibrated(case: Any, format: Any, start: Checkpoint | None = None) -> Checkpoint:
@@ -76,19 +62,19 @@ def evaluated(model: OnnxModel, batch: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @no_gpu
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("flow", ["optimize", "retrain"])
 def test_a_cpu_refuses_to_calibrate_before_anything_is_read(
-    format: Any, monkeypatch: pytest.MonkeyPatch, optimize: Any
+    flow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import optimize as flow
-
     def unreached(*_: Any) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr(flow, "content", unreached)
-    says = f"{format} needs an NVIDIA GPU with PyTorch's CUDA.*TensorRT 10.8 or newer.*10.0 or newer"
+    module: Any = importlib.import_module(f"flows.{flow}")
+    monkeypatch.setattr(module, "content", unreached)
+    recipe = recipes.load("sentiment-minilm-nvfp4")
+    says = "nvfp4 needs an NVIDIA GPU with PyTorch's CUDA.*TensorRT 10.8 or newer.*10.0 or newer"
     with pytest.raises(InputError, match=says):
-        optimize("sentiment-minilm-nvfp4", f"quantize.format={format}")
+        module._optimize(recipe) if flow == "optimize" else module._retrain(recipe, None, None, False)
 
 
 @no_gpu
@@ -163,6 +149,7 @@ def test_the_graph_computes_what_the_network_does(
     graph = onnx.load(store.path(model.blob) / "model.onnx")
     wide = [t.name for t in graph.graph.initializer if t.data_type == 1 and len(t.dims) == 2]
     assert len(wide) == 3, wide  # the tables of words, places and types
+    assert tensorrt_options.format_of(graph) == format
     foreign = {node.op_type for node in graph.graph.node if node.domain}
     assert foreign == (
         {microscale.FP4_QUANTIZE}
@@ -171,20 +158,37 @@ def test_the_graph_computes_what_the_network_does(
     )
 
 
+def kept_and_saved(case: Any, format: Any) -> tuple[np.ndarray, Checkpoint]:
+    """Logits of the network that was calibrated, never saved; and the checkpoint of another calibration."""
+    model = checkpoints.restore(case.checkpoint)[0].to(checkpoints.device())
+    loop = batches.forward_loop(case.dataset, batches.preprocessor(case.checkpoint), 32, "calibrate")
+    batch = {k: v.to(checkpoints.device()) for k, v in batches.tensors(sample(case)).items()}
+    quantized: Any = calibrate.quantized(model, Quantize(format=format), loop)
+    with torch.no_grad():
+        return quantized(**batch).logits.cpu().numpy(), calibrated(case, format)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_saved_is_restored_and_trains_on(kernels: None, text: Any, format: str) -> None:
-    model = checkpoints.restore(text.checkpoint)[0].to(checkpoints.device())
-    loop = batches.forward_loop(text.dataset, batches.preprocessor(text.checkpoint), 32, "calibrate")
-    batch = {k: v.to(checkpoints.device()) for k, v in batches.tensors(sample(text)).items()}
-    with torch.no_grad():
-        kept = calibrate.quantized(model, Quantize(format=format), loop)(**batch).logits.cpu().numpy()  # type: ignore[arg-type]
-    candidate = calibrated(text, format)
+    kept, candidate = kept_and_saved(text, format)
     np.testing.assert_array_equal(logits(candidate, sample(text)), kept)
     after = finetune.fn(candidate, text.dataset, Finetune(epochs=1, learning_rate=1e-3))
     assert np.abs(logits(after, sample(text)) - kept).max() > 1e-4
     exported = export.fn(after, text.dataset, NEW, "fp32")
     limit = 1e-3 if torch.cuda.is_available() else 1e-5
     assert np.abs(evaluated(exported, sample(text)) - logits(after, sample(text))).max() < limit
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_on_a_gpu_logits_are_restored_bit_for_bit_and_the_graph_is_valid(text: Any, format: str) -> None:
+    kept, candidate = kept_and_saved(text, format)
+    np.testing.assert_array_equal(logits(candidate, sample(text)), kept)
+    model = export.fn(candidate, text.dataset, NEW, "fp16")
+    assert model.facts["quantize_nodes"] == 14
+    wrong = np.linalg.norm(evaluated(model, sample(text)) - kept) / np.linalg.norm(kept)
+    assert wrong < (0.2 if format == "nvfp4" else 0.05)  # FP16 turns a code of 4 bits over now and then
 
 
 def test_pruned_weights_stay_pruned(kernels: None, text: Any) -> None:
@@ -203,6 +207,19 @@ def test_only_linear_layers_of_a_cnn_are_quantized(kernels: None, image: Any) ->
     assert np.abs(evaluated(model, sample(image)) - logits(candidate, sample(image))).max() < 1e-4
 
 
+def test_only_nvfp4_needs_rows_for_a_range(kernels: None) -> None:
+    for format in FORMATS:
+        network = torch.nn.Sequential(torch.nn.Linear(32, 16))
+        section = Quantize(format=format)
+        calibrate.quantized(network, section, lambda net: None)
+        names = checkpoints.quantizers(network)
+        if format == "mxfp8":
+            calibrate._nothing_slipped_by(network, names, {"0"}, section)
+        else:
+            with pytest.raises(InputError, match="0 never ran while calibrating"):
+                calibrate._nothing_slipped_by(network, names, {"0"}, section)
+
+
 def test_a_width_that_blocks_do_not_divide_is_refused(kernels: None, image: Any) -> None:
     with pytest.raises(InputError, match=r"blocks of 32 do not divide the inputs of net \(20\); name them"):
         calibrate._check(Quantize(format="mxfp8"), {"net": torch.nn.Linear(20, 3)}, {})
@@ -219,6 +236,38 @@ def test_a_plan_is_built_where_nothing_can_run_it(kernels: None, text: Any, form
         model, candidate, text.dataset, Build(runtime="tensorrt-rtx"), "tensorrt-rtx", host("tensorrt-rtx")
     )
     assert (engine.proved, engine.format) == ("built", format)
+
+
+@needs_rtx
+@no_gpu
+@pytest.mark.parametrize(("format", "bits"), [("nvfp4", 4.5), ("mxfp8", 8.25)])
+def test_a_plan_keeps_weights_in_their_bits(format: str, bits: float, tmp_path: Path) -> None:
+    size = 1024
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((size, size)).astype(np.float32)
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "model.wide.weight.T"], ["y"], name="/model/wide/MatMul")],
+        "g",
+        [info("x", TensorProto.FLOAT16, ["batch", size])],
+        [info("y", TensorProto.FLOAT16, ["batch", size])],
+        [numpy_helper.from_array(weight.T.astype(np.float16), "model.wide.weight.T")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    scale = microscale.global_scale(float(np.abs(weight).max()))
+    layer = microscaled.Layer(*microscale.mxfp8(weight))
+    if format == "nvfp4":
+        layer = microscaled.Layer(*microscale.nvfp4(weight, scale), scale, scale)
+    microscaled.place(model, {"wide": layer})
+    onnx.save(model, tmp_path / "model.onnx")
+    rows = random.standard_normal((8, size)).astype(np.float16)
+    built = tensorrt.build(tmp_path, tmp_path / "out", samples=[{"x": rows}], flavor="tensorrt_rtx")
+    assert built.proved == "built"
+    beside = (tmp_path / "out/plan/engine.plan").stat().st_size - weight.size * bits / 8
+    assert 0 < beside < 500_000  # what a plan takes without any weights is 0.3 MB
+    got = tensorrt_parity.evaluate(model, [{"x": rows.astype(np.float32)}])[0]["y"]
+    meant = fake(rows.astype(np.float32), format, float(np.abs(weight).max())) @ microscaled.values(layer).T
+    assert tensorrt_parity.error({"y": got}, {"y": meant}) < 1e-6
 
 
 def test_onnx_runtime_still_has_no_kernels(kernels: None, text: Any) -> None:
@@ -307,3 +356,26 @@ def test_the_evaluator_gathers_from_more_than_64_rows() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     assert tensorrt_parity.evaluate(model, [{"x": data, "i": indices}])[0]["y"].tolist() == [[5, 299, 0]]
+
+
+def with_modelopt(config: str) -> Any:
+    """A network quantized by one of ModelOpt's own configurations."""
+    import modelopt.torch.quantization as mtq
+
+    network = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    with torch.no_grad(), checkpoints.quiet():
+        mtq.quantize(network, getattr(mtq, config), lambda net: net(torch.randn(4, 32)))
+    return network
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_checkpoint_from_elsewhere_is_told_by_its_quantizers(kernels: None, format: str) -> None:
+    network = with_modelopt(f"{format.upper()}_DEFAULT_CFG")
+    assert checkpoints.compression(network)["format"] == format
+    assert list(microscaled.lift(network)) == ["0"]
+    assert not checkpoints.quantizers(network)
+
+
+def test_what_modelopt_has_beside_these_is_refused(kernels: None) -> None:
+    with pytest.raises(InputError, match=r"export: 0 is not in NVFP4 or MXFP8 as ModelOpt's NVFP4_DEFAULT"):
+        microscaled.lift(with_modelopt("W4A16_NVFP4_CFG"))
