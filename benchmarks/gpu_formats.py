@@ -127,7 +127,7 @@ def one(format: str, start: Checkpoint, data: Dataset, out: Path, report: Report
 
 def handed_over() -> dict[str, Any]:
     """A small language model in NVFP4 as a Hugging Face checkpoint, compared tensor by tensor."""
-    start, data = gpu.prepared("recipes.tiny_llama:build", "causal-lm")
+    start, data = gpu.prepared("recipes.tiny_llama:build", task="causal-lm")
     section = Quantize(format="nvfp4", exclude=("lm_head", "model.embed_tokens"))
     made = handover.handover.fn(calibrate.calibrate.fn(start, data, section), data)
     return {**made.values, **made.facts}

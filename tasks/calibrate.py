@@ -104,7 +104,10 @@ def check_calibration(section: Quantize | None) -> None:
 
 
 def needs(section: Quantize) -> observe.Kind | None:
-    """What of the layers' inputs settles their ranges; None where the rows themselves are needed, or none."""
+    """What of the layers' inputs settles their ranges; None where the rows themselves are needed, or none.
+
+    MXFP8 needs none: the scales of an activation come with it.
+    """
     if _inputs(section) is None or section.attention or section.format == "mxfp8":
         return None
     kinds: dict[str, observe.Kind] = {"max": "ranges", "entropy": "histograms", "percentile": "histograms"}
