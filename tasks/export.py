@@ -49,6 +49,10 @@ def export(checkpoint: Checkpoint, dataset: Dataset, section: Export, precision:
     if section.kv_cache:
         kind, sample = cache.with_cache(model, kind, sample)
     blocks, small = lift(model), microscaled.lift(model)
+    if small and section.opset < microscaled.OPSET:  # a recipe cannot know what is in a modelopt: checkpoint
+        raise InputError(
+            f"export.opset: NVFP4 and MXFP8 need {microscaled.OPSET} or newer, not {section.opset}"
+        )
     values = outside.large(model, EXTERNAL_DATA_PAST)
     counts: list[Facts] = []
     with store.staging() as folder:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-IR_VERSION = 11  # the first with FP4
+OPSET, IR_VERSION = 23, 11  # the first with FP4
 FP8_SCALES, E8M0_SCALES = (4, 3), (8, 0)
 FORMATS = {FP8_SCALES: "nvfp4", E8M0_SCALES: "mxfp8"}
 QUANTIZERS: dict[str, dict[str, Any]] = {

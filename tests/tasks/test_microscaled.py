@@ -20,6 +20,7 @@ from tasks import export as export_module
 from tasks.artifacts import Checkpoint, OnnxModel
 from tasks.build import build, host, installed
 from tasks.engines import microscale, tensorrt, tensorrt_options, tensorrt_parity
+from tasks.engines.lowering import tensors
 from tasks.errors import InputError
 from tasks.export import export
 from tasks.finetune import finetune
@@ -191,6 +192,25 @@ def test_on_a_gpu_logits_are_restored_bit_for_bit_and_the_graph_is_valid(text: A
     assert wrong < (0.2 if format == "nvfp4" else 0.05)  # FP16 turns a code of 4 bits over now and then
 
 
+@pytest.mark.parametrize(("format", "precision"), [("nvfp4", "fp16"), ("mxfp8", "fp32")])
+def test_a_network_past_a_gigabyte_is_the_same_network(
+    kernels: None, text: Any, format: str, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = calibrated(text, format)
+    whole = export.fn(candidate, text.dataset, NEW, precision)
+    monkeypatch.setattr(export_module, "EXTERNAL_DATA_PAST", 0)
+    monkeypatch.setattr(tensors, "LARGE", 1 << 10)
+    apart = export.fn(candidate, text.dataset, NEW, precision)
+    folder = store.path(apart.blob)
+    assert (folder / "model.onnx.data").stat().st_size > 1 << 10
+    stored = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+    outside = [tensor.name for tensor in stored if tensors.outside(tensor)]
+    assert outside
+    assert all("embeddings" in name for name in outside)
+    np.testing.assert_allclose(evaluated(apart, sample(text)), evaluated(whole, sample(text)), atol=1e-6)
+    assert apart.facts["tensors"] == whole.facts["tensors"]
+
+
 def test_pruned_weights_stay_pruned(kernels: None, text: Any) -> None:
     pruned = sparsify.fn(text.checkpoint, text.dataset, Sparsify(exclude=("classifier",)))
     candidate = calibrated(text, "nvfp4", pruned)
@@ -278,6 +298,15 @@ def test_onnx_runtime_still_has_no_kernels(kernels: None, text: Any) -> None:
         model = export.fn(calibrated(text, format), text.dataset, NEW, "fp32")
         with pytest.raises(Exception, match="TRT_|NOT_IMPLEMENTED"):
             onnxruntime.InferenceSession(store.path(model.blob) / "model.onnx")
+
+
+def test_what_a_recipe_cannot_know_of_a_checkpoint_is_said_later(kernels: None, text: Any) -> None:
+    candidate = calibrated(text, "nvfp4")
+    with pytest.raises(InputError, match="export.opset: NVFP4 and MXFP8 need 23 or newer, not 20"):
+        export.fn(candidate, text.dataset, Export(opset=20), "fp32")
+    model = export.fn(candidate, text.dataset, NEW, "fp32")
+    with pytest.raises(InputError, match="TRT_FP4DynamicQuantize"):
+        build.fn(model, candidate, text.dataset, Build(), "onnxruntime", host("onnxruntime"))
 
 
 @needs_rtx
