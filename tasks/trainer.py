@@ -155,13 +155,15 @@ class Tuner(Trainer):  # type: ignore[misc]
 class Order(Sampler[int]):
     """The rows of an epoch, by seed and epoch alone, so that a resumed one meets the same.
 
-    Texts of like length share a batch: half of the time would go into padding.
+    Texts of like length share a batch: half of the time would go into padding. Pairs do not: an image finds
+    its text among those of its batch, which would be of few kinds.
     """
 
     def __init__(self, tuner: Tuner) -> None:
         rows = tuner.train_dataset
         self.tuner, self.count = tuner, len(rows)
-        self.lengths = [len(row["input_ids"]) for row in rows] if "input_ids" in rows[0] else None
+        texts = tuner.kind.COLUMN == "text"
+        self.lengths = [len(row["input_ids"]) for row in rows] if texts else None
 
     def __len__(self) -> int:
         return self.count

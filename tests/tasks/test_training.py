@@ -197,6 +197,26 @@ def test_adapters_that_do_not_add_up_are_an_error(
         finetune.fn(text.checkpoint, texts, Finetune(epochs=0.5, batch_size=8, learning_rate=1e-2, lora=lora))
 
 
+@pytest.mark.parametrize(("task", "grouped"), [("text-classification", True), ("image-text", False)])
+def test_texts_of_like_length_share_a_batch_and_pairs_do_not(task: str, grouped: bool) -> None:
+    from types import SimpleNamespace
+
+    from tasks import trainer, types
+
+    plan = SimpleNamespace(section=Finetune(epochs=1, batch_size=8))
+    rows = [{"input_ids": [0] * (1 + k % 16)} for k in range(320)]
+    state = SimpleNamespace(epoch=0)
+    tuner: Any = SimpleNamespace(plan=plan, kind=types.load(task), train_dataset=rows, state=state)
+    order = list(trainer.Order(tuner))
+    assert sorted(order) == list(range(320))
+    spans = [
+        max(lengths) - min(lengths)
+        for start in range(0, 320, 8)
+        for lengths in [[len(rows[k]["input_ids"]) for k in order[start : start + 8]]]
+    ]
+    assert (sum(spans) / len(spans) < 4) == grouped
+
+
 def test_training_that_changes_a_range_is_an_error(
     compressed: Checkpoint, texts: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
