@@ -25,6 +25,9 @@ SLOWER = (0.0, 0.03, 0.05, 0.10)
 def rounds() -> None:
     """Simulated latency: noise of rounds, with hiccups that hit one of the two."""
     table("Simulated rounds: passed at a limit of 1.05 (last: told from noise)", simulated_rounds())
+    table(
+        "Simulated rounds beside the baseline, 30 to 120 until half the interval is 10 %", beside_baseline()
+    )
 
 
 def simulated_rounds() -> Table:
@@ -38,12 +41,23 @@ def simulated_rounds() -> Table:
         yield [f"30 to 120, {taken:.0f} on average", f"{100 * noise:g} %", *row]
 
 
+def beside_baseline() -> Table:
+    """How many rounds the wider interval takes."""
+    yield ["noise of a round", "rounds on average", "30 were enough"]
+    width = benchmark.COARSE * Benchmark().precision
+    for noise in (0.02, 0.05, 0.1, 0.2, 0.3):
+        generator = np.random.default_rng(0)
+        pairs = [[round_times(generator, 120, noise) for _ in range(2)] for _ in range(100)]
+        taken = np.array([enough(pair, 30, 120, width) for pair in pairs])
+        yield [f"{100 * noise:g} %", f"{taken.mean():.0f}", percent(taken == 30)]
+
+
 def simulated(noise: float, least: int, most: int) -> tuple[list[str], float]:
     """Shares passed and told at each slowdown, and the rounds taken, as the stage `benchmark` takes them."""
     generator, ends, taken = np.random.default_rng(least), [], []
     for seed in range(TRIALS // 2):
         pair = [round_times(generator, most, noise) for _ in range(2)]
-        count = next((n for n in range(least, most, 10) if settled(pair, n)), most)
+        count = enough(pair, least, most, Benchmark().precision)
         ends.append(statistics.bootstrap_rounds(pair[0][:count], pair[1][:count], CONFIDENCE, seed)[1])
         taken.append(count)
     low, high = np.array(ends).T
@@ -52,10 +66,13 @@ def simulated(noise: float, least: int, most: int) -> tuple[list[str], float]:
     return [*passed, *told], float(np.mean(taken))
 
 
-def settled(pair: list[Any], count: int) -> bool:
-    """The stage's own rule on the first `count` rounds."""
-    found = [[[seconds] for seconds in times[:count]] for times in pair]
-    return benchmark.half_width(found[0], found[1]) <= Benchmark().precision
+def enough(pair: list[Any], least: int, most: int, width: float) -> int:
+    """The rounds after which the stage would end: half the interval's width is asked each tenth."""
+    found = [[[seconds] for seconds in times] for times in pair]
+    widths = (
+        (count, benchmark.half_width(found[0][:count], found[1][:count])) for count in range(least, most, 10)
+    )
+    return next((count for count, half in widths if half <= width), most)
 
 
 def round_times(generator: Any, count: int, noise: float) -> Any:

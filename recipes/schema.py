@@ -78,8 +78,9 @@ class Drift(Section):
 class Benchmark(Section):
     """Interleaved rounds of every engine at each batch size; a round lasts at least `round_ms`.
 
-    Beside a champion there are more, up to `max_rounds`, until half the interval of candidate / champion
-    is at most `precision`: its limit is close to 1, and a few noisy rounds would refuse an equal engine.
+    There are more, up to `max_rounds`, until half the interval of candidate / champion is at most
+    `precision` (its limit is close to 1), and of candidate / baseline at most five times that: a few noisy
+    rounds would refuse a good engine.
     """
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), min_length=1)

@@ -19,9 +19,12 @@ from tqdm import tqdm
 from recipes.schema import Benchmark
 from tasks import batches, peak_memory, statistics, store, timing, types
 from tasks.artifacts import Dataset, Engine, Metrics
-from tasks.measurements import CANDIDATE, CHAMPION, Rounds, latency_summary
+from tasks.measurements import BASELINE, CANDIDATE, CHAMPION, Rounds, latency_summary
 from tasks.running import opened
 from tasks.stage import stage
+
+COARSE = 5
+"""How many times as wide the interval beside the baseline may be: its limit is usually far from 1."""
 
 
 @stage(uses=("onnxruntime", "tensorrt", "numpy"), name="benchmark", gpu=True, timeout_seconds=3600)
@@ -72,18 +75,19 @@ def benchmark(
 
 
 def precise(section: Benchmark, found: timing.Seconds) -> bool:
-    """Enough rounds, and (each tenth is asked) candidate to champion is known to within `precision`.
+    """Enough rounds, and (asked each tenth) what candidate is to the others is known well enough.
 
-    The champion's limit is close to 1, so that it takes more rounds than the baseline's; how wide the
-    interval is decides, never where it lies, or rounds would go on until they look right.
+    To a champion within `precision`, as its limit is close to 1; to the baseline within five times that. How
+    wide the interval is decides, never where it lies, or rounds would go on until they look right.
     """
     done = len(next(iter(found[CANDIDATE].values())))
-    if done < section.rounds or CHAMPION not in found:
-        return done >= section.rounds
-    if done % 10:
+    if done < section.rounds or (done - section.rounds) % 10:
         return False
+    wanted = {CHAMPION: section.precision, BASELINE: COARSE * section.precision}
     return all(
-        half_width(rounds, found[CHAMPION][size]) <= section.precision
+        half_width(rounds, found[name][size]) <= wanted[name]
+        for name in wanted
+        if name in found
         for size, rounds in found[CANDIDATE].items()
     )
 

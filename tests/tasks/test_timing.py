@@ -83,16 +83,25 @@ def test_rounds_go_on_until_they_are_enough() -> None:
     assert len(found["a"][4]) == 3
 
 
-def test_a_noisy_champion_gets_more_rounds_and_a_quiet_or_absent_one_none() -> None:
+def test_a_noisy_champion_gets_more_rounds_and_a_quiet_one_none() -> None:
     section = Benchmark(batch_sizes=(1,))
     quiet = {"candidate": _rounds(30, 0.01), "champion": _rounds(30, 0.01)}
     noisy = {"candidate": _rounds(30, 0.2), "champion": _rounds(30, 0.2)}
     assert precise(section, quiet)
     assert not precise(section, noisy)
     assert not precise(section, {"candidate": _rounds(20, 0.01), "champion": _rounds(20, 0.01)})
-    assert precise(section, {"candidate": noisy["candidate"], "baseline": noisy["champion"]})
     slower = {"candidate": {1: [[2 * call for call in calls] for calls in quiet["candidate"][1]]}}
     assert precise(section, {**quiet, **slower}), "how wide the interval is decides, not where it lies"
+
+
+def test_a_baseline_gets_more_rounds_where_its_interval_is_five_times_as_wide() -> None:
+    section = Benchmark(batch_sizes=(1,))
+    rounds = {noise: (_rounds(30, noise), _rounds(30, noise)) for noise in (0.1, 0.8)}
+    told = {noise: dict(zip(("candidate", "baseline"), pair, strict=True)) for noise, pair in rounds.items()}
+    assert precise(section, told[0.1])
+    assert not precise(section, told[0.8])
+    champion = {"candidate": rounds[0.1][0], "champion": rounds[0.1][1], "baseline": rounds[0.1][1]}
+    assert not precise(section, champion), "the champion's is the narrower one"
 
 
 RANDOM = np.random.default_rng(0)
