@@ -12,7 +12,7 @@ import recipes
 from flows.retrain import sourced
 from tasks import lineage, registry
 from tasks.build import machine, precision
-from tasks.drift import Drifted, compare, observe
+from tasks.drift import Drifted, compare, survey
 from tasks.errors import InputError
 from tasks.export import export
 from tasks.load import content, load_inputs
@@ -41,8 +41,8 @@ def watch(model: str, data: str) -> Drifted:
         checkpoint = lineage.checkpoint(champion.version)
         model_ = export(checkpoint, held, recipe.export, precision("onnxruntime"))
     here = machine("onnxruntime")
-    before = observe(champion.engine, model_, held, "calibration", here)
-    found = compare(before, observe(champion.engine, model_, new, "inputs", here), recipe.drift)
+    before = survey(champion.engine, model_, held, "calibration", here)
+    found = compare(before, survey(champion.engine, model_, new, "inputs", here), recipe.drift)
 
     record(champion.version, found)
     if found.asks:

@@ -1,6 +1,6 @@
 """Drift: new inputs against the calibration rows, by what the engine does with them.
 
-python -m flows watch MODEL --data SOURCE     (stage `observe`)
+python -m flows watch MODEL --data SOURCE     (stage `survey`)
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Drifted:
     reasons: tuple[str, ...]
 
 
-@stage(uses=("onnxruntime", "numpy", "tokenizers"), name="observe", gpu=True, timeout_seconds=6 * 3600)
-def observe(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str, host: str) -> Metrics:
+@stage(uses=("onnxruntime", "numpy", "tokenizers"), name="survey", gpu=True, timeout_seconds=6 * 3600)
+def survey(engine: Engine, model: OnnxModel | None, dataset: Dataset, part: str, host: str) -> Metrics:
     """One pass: each row's size and traits (class, score), and per quantizer the share of values at its ends.
 
     `model` is the ONNX to count in where the engine's runtime cannot (TensorRT); it runs on ONNX Runtime.

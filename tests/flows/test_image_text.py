@@ -177,7 +177,7 @@ def test_the_champions_plans_take_new_weights(clip: Outcome) -> None:
 
 def test_drift_counts_in_both(clip: Outcome) -> None:
     assert clip.attempt is not None
-    seen = drift.observe.fn(engine_of(clip), None, clip.attempt.dataset, "calibration", "here")
+    seen = drift.survey.fn(engine_of(clip), None, clip.attempt.dataset, "calibration", "here")
     found = drift.loaded(seen)
     assert len(found["size"]) == 32
     assert any("vision_model" in name for name in found["overflow"])
@@ -190,7 +190,7 @@ def test_drift_is_seen_in_images_that_come_alone(clip: Outcome, tmp_path: Path) 
     (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, bright)))
     section = clip.attempt.recipe.data.model_copy(update={"source": f"path:{tmp_path / 'new.jsonl'}"})
     new = load.load_inputs.fn(section, "image-text", "content")
-    found = drift.loaded(drift.observe.fn(engine_of(clip), None, new, "inputs", "here"))
+    found = drift.loaded(drift.survey.fn(engine_of(clip), None, new, "inputs", "here"))
     assert len(found["size"]) == 40
     assert not [name for name in found["overflow"] if "text_model" in name]
 

@@ -13,7 +13,7 @@ from recipes.schema import Drift
 from tasks import load
 from tasks.build import build, host
 from tasks.calibrate import calibrate
-from tasks.drift import compare, loaded, observe
+from tasks.drift import compare, loaded, survey
 from tasks.export import export
 
 
@@ -30,7 +30,7 @@ def test_the_same_rows_have_not_drifted(name: str, traits: set[str], request: py
     model = export.fn(candidate, dataset, Export(), "fp32")
     engine = build.fn(model, candidate, dataset, Build(), "onnxruntime", host("onnxruntime"))
 
-    seen = observe.fn(engine, None, dataset, "test", "here")
+    seen = survey.fn(engine, None, dataset, "test", "here")
     content = loaded(seen)
     assert set(content) == traits | {"overflow"}
     assert len(content["size"]) == dataset.rows["test"]
