@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from flows.summary import table
 from tasks import registry, registry_engine, store
 from tasks.errors import InputError
 from tasks.measurements import verdict_bytes
@@ -189,8 +190,9 @@ def test_a_stacked_text_recipe_is_promoted_and_answers(tiny_recipe: Path, optimi
     """2:4, INT8 with embeddings and QAT; then texts in, labels and scores out, bad inputs named."""
     import mlflow
 
-    outcome = optimize(str(tiny_recipe))
+    outcome = optimize(str(tiny_recipe), "compare_calibrated=true")
     assert outcome.verdict == "promoted", outcome.reasons
+    beside_what_it_was_before_its_second_training(outcome)
     manifest = json.loads(Path(outcome.version.manifest).read_text())
     assert manifest["sparsity"]["exact_modules"] == 13
     assert manifest["onnx"]["candidate"]["facts"]["sparse_weights"] == 13
@@ -206,6 +208,22 @@ def test_a_stacked_text_recipe_is_promoted_and_answers(tiny_recipe: Path, optimi
         model.predict([1.5])
     with pytest.raises(mlflow.MlflowException, match="missing inputs"):
         model.predict([])
+
+
+def beside_what_it_was_before_its_second_training(outcome: Outcome) -> None:
+    """Measured, shown and logged; not judged, not timed, and no engine of it in the registry."""
+    attempt = outcome.attempt
+    assert attempt is not None
+    assert attempt.verdict is not None
+    assert attempt.checkpoints["calibrated"].identity != attempt.checkpoints["candidate"].identity
+    run = registry.client().get_run(outcome.version.run_id)
+    assert run.data.metrics["calibrated_accuracy"] == outcome.metrics["calibrated_accuracy"]
+    assert "calibrated" in table(outcome)
+    assert not any("calibrated" in rule.sentence for rule in attempt.verdict.rules)
+    assert not [name for name in outcome.metrics if name.startswith("calibrated_p50")]
+    folder = artifacts(outcome)
+    assert sorted(path.name for path in (folder / "engines").iterdir()) == ["baseline"]
+    assert sorted(path.name for path in (folder / "onnx").iterdir()) == ["baseline", "candidate"]
 
 
 def test_mlflow_serves_the_champion(digits: Outcome) -> None:
