@@ -25,7 +25,7 @@ long: $(VENV)/.ready $(HUTTO)
 	$(BIN)/python -m pytest -q -m long
 
 fast: $(VENV)/.ready $(HUTTO)
-	$(BIN)/python -m pytest -q -m "not slow and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not long"
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

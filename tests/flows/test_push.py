@@ -94,6 +94,7 @@ def pushed(zoo: Zoo, commit: str, before: str | None = None, branch: str = "main
     return state
 
 
+@pytest.mark.slow
 def test_a_push_runs_the_commits_own_code_where_it_lies_and_without_our_secrets(
     zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_push_runs_the_commits_own_code_where_it_lies_and_without_our_secrets(
     assert len(zoo.seen()) == 4
 
 
+@pytest.mark.slow
 def test_what_is_not_allowed_does_not_run(zoo: Zoo, tmp_path: Path) -> None:
     commit = zoo.commit({"recipes/a.yaml": "x: 1"})
     zoo.git("branch", "topic")

@@ -209,6 +209,7 @@ def test_what_prefect_does_not_take_is_kept_for_the_next_push(zoo: Repository, a
     assert not list((zoo.bare / "enginehouse").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_pusher_does_not_wait_for_a_server_that_hangs(zoo: Repository, tmp_path: Path) -> None:
     import socket
 
@@ -246,6 +247,7 @@ def test_without_an_address_the_push_is_kept_and_the_way_out_is_told(zoo: Reposi
     assert "git config enginehouse.env FILE" in zoo.push("main")
 
 
+@pytest.mark.slow
 def test_twenty_pushes_are_handed_over_once_each(zoo: Repository, api: Api) -> None:
     commits = []
     for _ in range(20):

@@ -45,6 +45,7 @@ def log_says(folder: Path, word: str) -> None:
     raise AssertionError((folder / "service.log").read_text())
 
 
+@pytest.mark.slow
 def test_a_service_is_found_again_and_ended_with_all_it_started(folder: Path) -> None:
     process.start(command(STUBBORN), folder, SECRET, {})
     log_says(folder, "1")
@@ -71,6 +72,7 @@ def test_a_stranger_that_got_the_id_is_neither_taken_for_ours_nor_ended(folder: 
         stranger.wait()
 
 
+@pytest.mark.slow
 def test_what_a_killed_service_left_behind_is_found(folder: Path) -> None:
     process.start(command(STUBBORN), folder, SECRET, {})
     log_says(folder, "1")

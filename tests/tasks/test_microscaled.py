@@ -26,6 +26,7 @@ from tasks.export import export
 from tasks.finetune import finetune
 from tasks.sparsify import sparsify
 
+pytestmark = pytest.mark.slow
 FORMATS = ("nvfp4", "mxfp8")
 NEW = Export(opset=23)
 needs_rtx = pytest.mark.skipif(installed("tensorrt-rtx") is None, reason="tensorrt-rtx is not installed")

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tasks.slots import slot
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -16,6 +18,7 @@ with slot("gpu-test"):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_hold_a_device_one_after_the_other(tmp_path: Path) -> None:
     log = tmp_path / "log"
     both = [subprocess.Popen([sys.executable, "-c", CODE, str(log)], cwd=ROOT) for _ in range(2)]
@@ -40,6 +43,7 @@ with alone("retrain-model"):
 """
 
 
+@pytest.mark.slow
 def test_a_second_retrain_of_a_model_says_that_it_waits_and_waits() -> None:
     def start(seconds: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -71,6 +71,7 @@ def test_the_seconds_of_a_build_are_not_part_of_an_engine() -> None:
     assert key(proved) != key(slow)
 
 
+@pytest.mark.slow
 def test_a_kept_result_serves_until_its_artifact_is_damaged() -> None:
     store.prepare()
     runs = []

@@ -27,6 +27,7 @@ from tasks.errors import InputError
 from tasks.finetune import check_training, finetune
 from tasks.sparsify import sparsify
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
 Told = list[tuple[str, str, int, dict[str, float]]]
 
