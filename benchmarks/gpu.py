@@ -272,11 +272,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def of_processes(way: str) -> dict[str, Any]:
-    """INT8 QAT to its end: throughput, and the loss on held-out rows."""
+def quantized_llama() -> tuple[Checkpoint, Dataset]:
+    """What the processes train: the Llama in INT8, and its texts."""
     checkpoint, dataset = prepared("benchmarks.gpu:llama", LONGER, "causal-lm")
     section = Quantize(format="int8", batch_size=BATCH, exclude=("lm_head", "model.embed_tokens"))
-    quantized = calibrate.calibrate.fn(checkpoint, dataset, section)
+    return calibrate.calibrate.fn(checkpoint, dataset, section), dataset
+
+
+def of_processes(way: str, quantized: Checkpoint, dataset: Dataset) -> dict[str, Any]:
+    """INT8 QAT to its end: throughput, and the loss on held-out rows."""
     settings = Finetune(epochs=1, batch_size=BATCH, learning_rate=3e-4, evaluations=1, **WAYS[way])
     ticks: Ticks = []
 
@@ -326,8 +330,10 @@ def main() -> None:
         for _ in range(1 + TURNS[part]):
             for who in ("pipeline", "bare"):
                 add(f"{part} {kind} {who}", one(part, who, kind, checkpoint, dataset))
-    for way in WAYS if "processes" in given.parts else ():
-        add(f"processes {way}", of_processes(way))
+    if "processes" in given.parts:
+        start = quantized_llama()
+        for way in WAYS:
+            add(f"processes {way}", of_processes(way, *start))
 
 
 def device() -> str:

@@ -272,13 +272,14 @@ def _nothing_slipped_by(model: nn.Module, names: list[str], chosen: set[str], se
 
 def _take(model: nn.Module, section: Quantize, seen: dict[str, Tensor]) -> None:
     """The ranges of the inputs' quantizers from what was seen; of a layer that never ran there is nothing."""
+    device = next(model.parameters()).device
     for name in checkpoints.quantizers(model):
         layer, _, which = name.rpartition(".")
         if which != "input_quantizer" or not {layer, f"{layer}.counts"} & set(seen):
             continue
         quantizer: Any = model.get_submodule(name)
         end = seen[layer] if layer in seen else _end(quantizer, section, seen, layer)
-        quantizer.amax = end.to(next(model.parameters()).device)
+        quantizer.amax = end.to(device)
 
 
 def _end(quantizer: Any, section: Quantize, seen: dict[str, Tensor], layer: str) -> Tensor:
