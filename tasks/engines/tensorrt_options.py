@@ -19,7 +19,7 @@ Shape = Sequence[int]
 Profile = Mapping[str, Mapping[str, Shape]]  # input -> {"min", "opt", "max"}
 
 FP8 = {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2}
-FP4 = onnx.TensorProto.FLOAT4E2M1
+FP4 = getattr(onnx.TensorProto, "FLOAT4E2M1", 23)  # ONNX has it since 1.18, TensorRT 8.6 goes with 1.17
 NEW_TYPES = {*FP8, FP4, onnx.TensorProto.BFLOAT16, onnx.TensorProto.INT4}
 QUANTIZED = {onnx.TensorProto.INT8, onnx.TensorProto.INT4, FP4, *FP8}
 OPSET_8_6 = 17

@@ -21,7 +21,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 LARGE = 1 << 20  # bytes
 BLOCK = 1 << 26
 STRUCTURE = {TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING}  # axes, shapes, masks: never trained
-HALF_BYTES = {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}
+HALF_BYTES = {TensorProto.INT4, TensorProto.UINT4, getattr(TensorProto, "FLOAT4E2M1", 23)}  # since ONNX 1.18
 
 _scratch: ContextVar[Path | None] = ContextVar("scratch", default=None)
 
