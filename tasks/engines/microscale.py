@@ -26,8 +26,11 @@ QUANTIZE = (FP4_QUANTIZE, MXFP8_QUANTIZE)
 
 
 def global_scale(end: float) -> float:
-    """What NVFP4's FP8 scales are multiplied by, from the end of the tensor's range."""
-    return float(np.float32(end) / np.float32(FP4_LARGEST * FP8_LARGEST))
+    """What NVFP4's FP8 scales are multiplied by, from the end of the tensor's range.
+
+    By a multiplication, as PyTorch divides by a number on a GPU: the same codes, bit for bit.
+    """
+    return float(np.float32(end) * (np.float32(1) / np.float32(FP4_LARGEST * FP8_LARGEST)))
 
 
 def nvfp4(values: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:

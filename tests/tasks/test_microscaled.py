@@ -97,6 +97,20 @@ def test_modelopt_itself_still_calibrates_on_a_cpu_and_then_fails() -> None:
         network(rows)
 
 
+@pytest.mark.parametrize(
+    ("end", "scale"),
+    [
+        (4.230118274688721, 0.0015737047651782632),
+        (5.5016069412231445, 0.002046728739514947),
+        (7.433316230773926, 0.0027653707657009363),  # a division has 0.0027653705328702927
+        (9.051956176757812, 0.0033675432205200195),
+    ],
+)
+def test_the_global_scale_is_what_a_gpu_makes_of_the_range(end: float, scale: float) -> None:
+    """An H100's values were these, bit for bit, but for the third range, which was divided then."""
+    assert microscale.global_scale(end) == scale
+
+
 def test_the_numbers_are_those_of_modelopts_stored_tensors() -> None:
     from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
 
@@ -104,7 +118,7 @@ def test_the_numbers_are_those_of_modelopts_stored_tensors() -> None:
     weight = torch.randn(64, 128) * torch.logspace(-6, 0, 64)[:, None]
     end = torch.tensor(weight.abs().max().item() / 2)  # QAT moves weights past their range
     scale = microscale.global_scale(float(end))
-    tensor, scales, whole = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=end / (6 * 448))
+    tensor, scales, whole = NVFP4QTensor.quantize(weight, 16, weights_scaling_factor_2=torch.tensor(scale))
     wanted = tensor.dequantize(torch.float32, scale=scales, double_scale=whole, block_sizes={-1: 16})
     got = microscale.nvfp4_values(*microscale.nvfp4(weight.numpy(), scale), scale)
     kept = (
