@@ -139,7 +139,7 @@ def arguments(plan: Plan, look_first: bool) -> TrainingArguments:
         report_to=[],
         disable_tqdm=False,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=not cpu,
         use_cpu=cpu,
         **({"ddp_backend": "gloo"} if cpu and section.processes > 1 else {}),
         **(sharded if section.shard == "fsdp2" else {}),
