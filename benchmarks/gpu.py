@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 TASK, LENGTH, LABELS = "text-classification", 128, ("left", "right")
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-ROWS = {"calibration": 512, "train": 960, "test": 8}
-LONGER = {"calibration": 128, "train": 3200, "validation": 320, "test": 8}
+ROWS = {"calibration": 512, "train": 2560, "test": 8}
+LONGER = {"calibration": 128, "train": 6400, "validation": 320, "test": 8}
 Ticks = list[tuple[int, float]]
 Work = Callable[[Ticks], int]
 BATCH = 32
+SHARED = 128  # rows of a step that two GPUs share: few do not fill them
 TURNS = {"calibrate": 2, "sparsegpt": 1, "qat": 2}
 OWN = 0.6  # of a text's letters
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,15 +148,15 @@ def one(part: str, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset
         "sparse": len(checkpoints.sparse_modules(model)),
     }
     found = {"seconds": seconds, "samples_per_second": samples / seconds, "peak_bytes": memory, **made}
-    return found | steady(ticks)
+    return found | steady(ticks, BATCH)
 
 
-def steady(ticks: Ticks) -> dict[str, float]:
+def steady(ticks: Ticks, batch: int) -> dict[str, float]:
     """Samples a second between the first and the last line of a training's log."""
     if len(ticks) < 2:
         return {}
     (first, start), (last, end) = ticks[0], ticks[-1]
-    return {"steady": (last - first) * BATCH / (end - start)}
+    return {"steady": (last - first) * batch / (end - start)}
 
 
 def of_calibrate(model: Any, who: str, kind: str, checkpoint: Checkpoint, dataset: Dataset) -> Work:
@@ -254,6 +255,7 @@ def _bare_trainer(
         report_to=[],
         logging_steps=max(1, steps // 50),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # as in the pipeline: not DataParallel over all it sees
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Told()])
 
 
@@ -281,7 +283,7 @@ def quantized_llama() -> tuple[Checkpoint, Dataset]:
 
 def of_processes(way: str, quantized: Checkpoint, dataset: Dataset) -> dict[str, Any]:
     """INT8 QAT to its end: throughput, and the loss on held-out rows."""
-    settings = Finetune(epochs=1, batch_size=BATCH, learning_rate=3e-4, evaluations=1, **WAYS[way])
+    settings = Finetune(epochs=1, batch_size=SHARED, learning_rate=3e-4, evaluations=1, **WAYS[way])
     ticks: Ticks = []
 
     def tell(step: int, losses: dict[str, float]) -> None:
@@ -292,7 +294,7 @@ def of_processes(way: str, quantized: Checkpoint, dataset: Dataset) -> dict[str,
     start = time.perf_counter()
     trained = (training if settings.processes == 1 else processes).train(job, tell)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "validation_loss": trained.facts["validation_loss"], **steady(ticks)}
+    return {"seconds": seconds, "validation_loss": trained.facts["validation_loss"], **steady(ticks, SHARED)}
 
 
 def compile_extensions() -> None:
