@@ -59,8 +59,7 @@ def calibrate(
         counts = (
             checkpoints.counted(names) | {"left_out": left_out} | ({"auto": asdict(auto)} if auto else {})
         )
-        facts = {**checkpoint.facts, "quantizers": counts, "format": section.format}
-        facts.pop("curve", None)
+        facts = {**checkpoints.untrained(checkpoint), "quantizers": counts, "format": section.format}
         return checkpoints.save(model, config, folder, dataset.type, facts)
 
 
@@ -86,8 +85,7 @@ def recalibrate(checkpoint: Checkpoint, dataset: Dataset, section: Quantize) -> 
     assert checkpoints.quantizers(model) == before
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
-        facts = {name: value for name, value in checkpoint.facts.items() if name != "curve"}
-        return checkpoints.save(model, config, folder, dataset.type, facts)
+        return checkpoints.save(model, config, folder, dataset.type, checkpoints.untrained(checkpoint))
 
 
 def check_calibration(section: Quantize | None) -> None:

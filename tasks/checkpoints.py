@@ -24,7 +24,7 @@ from tasks.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-STATE = "modelopt_state.pth"
+STATE, QUANTIZERS = "modelopt_state.pth", "quantizers.json"
 NORMS = "norms_in_convolutions"
 
 
@@ -122,6 +122,11 @@ def _format(model: nn.Module, names: Sequence[str]) -> str:
     return "int8" if inputs else "int8-weight-only"
 
 
+def untrained(checkpoint: Checkpoint) -> Facts:
+    """The checkpoint's facts, but for those of its training: what is made of it was not trained so."""
+    return {name: value for name, value in checkpoint.facts.items() if name not in ("curve", "training")}
+
+
 def counted(names: Sequence[str]) -> Facts:
     """Enabled quantizers by kind."""
     return {
@@ -150,7 +155,11 @@ def plain(model: nn.Module, config: dict[str, Any], task: str) -> nn.Module:
 
 
 def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, facts: Facts) -> Checkpoint:
-    """Write the model into a staging folder (which holds the preprocessor already) and commit it."""
+    """Write the model into a staging folder (which holds the preprocessor already) and commit it.
+
+    Its identity is that of tensors, config, preprocessor and what each quantizer does: FP8 and NVFP4 may have
+    the same tensors, and ModelOpt's own state other bytes in each process.
+    """
     with quiet():
         import modelopt.torch.opt as mto
     import torch
@@ -164,10 +173,23 @@ def save(model: nn.Module, config: dict[str, Any], folder: Path, task: str, fact
         )
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, sort_keys=True, indent=1, default=str))
+    if told := _settings(model):
+        (folder / QUANTIZERS).write_text(json.dumps(told, sort_keys=True, indent=1))
     identity = store.digest(folder)
     if mto.ModeloptStateManager.is_converted(model):
         torch.save(mto.modelopt_state(model), folder / STATE)
     return Checkpoint(store.commit(folder), task, identity, facts)
+
+
+def _settings(model: nn.Module) -> dict[str, dict[str, str]]:
+    """What each quantizer does, on or off; its range is among the tensors."""
+    kinds = ("num_bits", "axis", "unsigned", "narrow_range", "is_enabled")
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "is_enabled") and hasattr(module, "num_bits"):
+            blocks = sorted(map(repr, (module.block_sizes or {}).items()))
+            found[name] = {kind: repr(getattr(module, kind)) for kind in kinds} | {"block_sizes": str(blocks)}
+    return found
 
 
 def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:

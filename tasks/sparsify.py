@@ -42,8 +42,7 @@ def sparsify(checkpoint: Checkpoint, dataset: Dataset, section: Sparsify) -> Che
     left_dense = sorted(set(looked_at) - set(counts["names"]))
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")
-        facts = {**checkpoint.facts, "sparsity": counts | {"left_dense": left_dense}}
-        facts.pop("curve", None)
+        facts = {**checkpoints.untrained(checkpoint), "sparsity": counts | {"left_dense": left_dense}}
         return checkpoints.save(model, config, folder, dataset.type, facts)
 
 

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file
 
 import recipes
 from recipes.build import Build, Export
@@ -224,6 +225,17 @@ def test_a_network_past_a_gigabyte_is_the_same_network(
     assert all("embeddings" in name for name in outside)
     np.testing.assert_allclose(evaluated(apart, sample(text)), evaluated(whole, sample(text)), atol=1e-6)
     assert apart.facts["tensors"] == whole.facts["tensors"]
+
+
+def test_another_format_is_another_network_though_its_tensors_are_the_same(kernels: None, text: Any) -> None:
+    """What is trained or exported of FP8 must not be taken for NVFP4's."""
+    found = {format: calibrated(text, format) for format in ("fp8", "nvfp4")}
+    saved = [load_file(store.path(one.blob) / "model.safetensors") for one in found.values()]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert found["fp8"].identity != found["nvfp4"].identity
+    section = Finetune(epochs=1)
+    assert len({finetune.key(one, text.dataset, section, None) for one in found.values()}) == 2
 
 
 def test_pruned_weights_stay_pruned(kernels: None, text: Any) -> None:
