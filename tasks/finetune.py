@@ -19,7 +19,7 @@ DAY = 24 * 3600
 
 
 @stage(
-    uses=("torch", "transformers", "accelerate", "nvidia-modelopt"),
+    uses=("torch", "transformers", "accelerate", "nvidia-modelopt", "peft"),
     name="fine-tune",
     gpu=True,
     timeout_seconds=DAY,

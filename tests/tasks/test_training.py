@@ -161,10 +161,13 @@ def test_a_teacher_is_believed_more_than_the_labels_and_leaves_nothing_behind(
     assert counts["valid_groups"] == counts["groups"] > 0
 
 
-def test_lora_trains_the_adapters_alone_and_adds_them_to_the_weights(text: Any, texts: Dataset) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_trains_the_adapters_alone_and_adds_them_to_the_weights(
+    text: Any, texts: Dataset, precision: Any
+) -> None:
     """That the merged network says what the adapted one said is checked in the training itself."""
     lora = Lora(rank=4, alpha=8, targets=("*.attention.*", "*.output.dense"), also=("classifier",))
-    section = Finetune(epochs=6, batch_size=8, learning_rate=1e-2, lora=lora)
+    section = Finetune(epochs=6, batch_size=8, learning_rate=1e-2, lora=lora, precision=precision)
     trained = finetune.fn(text.checkpoint, texts, section)
     before, after = state(text.checkpoint), state(trained)
     assert before.keys() == after.keys()
