@@ -45,7 +45,7 @@ def handover(checkpoint: Checkpoint, dataset: Dataset) -> Metrics:
     Raises InputError for what is not a language model of transformers, RuntimeError when a stored tensor is
     not the network's.
     """
-    format = checkpoint.facts["format"]
+    format = format_of(checkpoint)
     network: Any = checkpoints.restore(checkpoint)[0].to(checkpoints.device())
     if not hasattr(network, "save_pretrained"):
         raise InputError("export.huggingface: the network is not one of transformers; leave it out")
@@ -63,6 +63,21 @@ def handover(checkpoint: Checkpoint, dataset: Dataset) -> Metrics:
         plain = _plain(network, _reloaded(stored, meant, format))
         cosine = _cosine(wanted, _logits(plain, batch))
         return Metrics({"logits_cosine": cosine}, store.commit(folder), facts)
+
+
+def format_of(checkpoint: Checkpoint) -> str:
+    """The format of the checkpoint; InputError for a network that cannot be handed over."""
+    format = checkpoint.facts.get("format")
+    if checkpoint.facts.get("sparsity"):
+        raise InputError(
+            "export.huggingface: ModelOpt writes no quantized weights of a pruned network; leave it out"
+        )
+    if format not in ALGORITHMS:
+        raise InputError(
+            f"export.huggingface: the network is {format or 'not quantized'}; vLLM and TensorRT-LLM read "
+            f"{', '.join(ALGORITHMS)}. Leave export.huggingface out, or give a checkpoint in one of these"
+        )
+    return str(format)
 
 
 def _written(network: nn.Module, folder: Path) -> tuple[dict[str, Meant], dict[str, Tensor]]:
@@ -164,11 +179,19 @@ def _reloaded(stored: dict[str, Tensor], meant: dict[str, Meant], format: str) -
 
 
 def _plain(network: Any, weights: dict[str, Tensor]) -> nn.Module:
-    """A network of the same configuration, without quantizers and with these weights."""
+    """A network of the same configuration, without quantizers and with these weights.
+
+    RuntimeError where the checkpoint has a tensor that it lacks, or lacks one; tied ones are stored once.
+    """
     from transformers import AutoModelForCausalLM
 
     made: nn.Module = AutoModelForCausalLM.from_config(network.config, attn_implementation="eager")
-    made.load_state_dict(weights)
+    missing, unexpected = made.load_state_dict(weights, strict=False)
+    places = {name: tensor.data_ptr() for name, tensor in made.state_dict().items()}
+    filled = {places[name] for name in weights if name in places}
+    wrong = [*unexpected, *(name for name in missing if places[name] not in filled)]
+    if wrong:
+        raise RuntimeError(f"hand-over: tensors too many or missing: {', '.join(wrong[:5])}")
     return made.eval()
 
 

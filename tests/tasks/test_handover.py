@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import recipes
-from recipes.compress import Quantize
+from recipes.compress import Quantize, Sparsify
 from tasks import handover, load, store
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.calibrate import calibrate
+from tasks.errors import InputError
+from tasks.sparsify import sparsify
 
 TASK = "causal-lm"
 LEFT = ("lm_head", "model.embed_tokens")
@@ -70,6 +73,66 @@ def test_what_is_written_is_the_network(
     stored = load_file(folder / "model.safetensors")
     assert stored["model.layers.1.mlp.down_proj.weight"].dtype == kind
     assert stored["lm_head.weight"].dtype == torch.float32
+
+
+def test_an_embedding_tied_to_the_head_is_stored_once(
+    lm_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from recipes import tiny_llama\nfrom transformers import LlamaForCausalLM\n\n\ndef build(labels):\n"
+    )
+    code += "    config = tiny_llama.build(labels).config\n    config.tie_word_embeddings = True\n"
+    (tmp_path / "tied_llama.py").write_text(code + "    return LlamaForCausalLM(config)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = recipes.load(str(lm_recipe), ["model.source=python:tied_llama:build"])
+    dataset = load.load_data.fn(recipe.data, TASK, "content")
+    checkpoint = load.load_model.fn(recipe.model, recipe.data, TASK, "content", 0)
+    made = handover.handover.fn(
+        calibrate.fn(checkpoint, dataset, Quantize(format="fp8", exclude=LEFT)), dataset
+    )
+    assert made.blob is not None
+    stored = load_file(store.path(made.blob) / "model.safetensors")
+    assert "model.embed_tokens.weight" in stored
+    assert "lm_head.weight" not in stored
+    assert made.values["logits_cosine"] > 0.99
+
+
+def test_a_tensor_too_many_is_an_error(
+    start: tuple[Dataset, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, checkpoint = start
+    quantized = calibrate.fn(checkpoint, dataset, Quantize(format="fp8", exclude=LEFT))
+    written = handover._written
+
+    def more(network: Any, folder: Path) -> Any:
+        found = written(network, folder)
+        stored = load_file(folder / "model.safetensors")
+        save_file({**stored, "model.norm.mask": torch.ones(2)}, folder / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(handover, "_written", more)
+    with pytest.raises(RuntimeError, match="too many or missing: model.norm.mask"):
+        handover.handover.fn(quantized, dataset)
+
+
+def test_a_pruned_network_is_refused_and_modelopt_still_does_not_write_one(
+    start: tuple[Dataset, Checkpoint],
+) -> None:
+    """When the second half fails, ModelOpt writes them: the refusal can go."""
+    dataset, checkpoint = start
+    pruned = sparsify.fn(checkpoint, dataset, Sparsify(exclude=("lm_head",)))
+    quantized = calibrate.fn(pruned, dataset, Quantize(format="fp8", exclude=LEFT))
+    with pytest.raises(InputError, match="no quantized weights of a pruned network"):
+        handover.handover.fn(quantized, dataset)
+    dense = replace(quantized, facts={**quantized.facts, "sparsity": {}})
+    with pytest.raises(KeyError, match="q_proj.weight_scale"):
+        handover.handover.fn(dense, dataset)
+
+
+def test_a_format_that_nobody_reads_is_refused(start: tuple[Dataset, Checkpoint]) -> None:
+    dataset, checkpoint = start
+    with pytest.raises(InputError, match="the network is not quantized; vLLM and TensorRT-LLM read fp8"):
+        handover.handover.fn(checkpoint, dataset)
 
 
 def test_a_tensor_that_is_not_the_network_s_is_an_error(
