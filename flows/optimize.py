@@ -22,7 +22,7 @@ from tasks.evaluate import check
 from tasks.export import export
 from tasks.finetune import check_training, finetune
 from tasks.handover import handover
-from tasks.load import content, fingerprint, load_data, load_model
+from tasks.load import content, fingerprint, load_data, load_model, tokenizer
 from tasks.manifest import Attempt
 from tasks.observe import observe
 from tasks.registry_training import live
@@ -56,7 +56,8 @@ def _optimize(recipe: Recipe) -> Outcome:
         "checkpoint": fingerprint(recipe.model.source, recipe.model.revision),
     }
     data = load_data(recipe.data, recipe.task, found["data"])
-    start = load_model(recipe.model, recipe.data, recipe.task, found["checkpoint"], recipe.data.split.seed)
+    known = (found["checkpoint"], recipe.data.split.seed, tokenizer(recipe.model))
+    start = load_model(recipe.model, recipe.data, recipe.task, *known)
 
     # 2. The baseline, not compressed: fine-tuned, or what a checkpoint was before it was.
     if recipe.compressed_elsewhere:

@@ -24,8 +24,8 @@ from tasks.errors import InputError
 from tasks.evaluate import check
 from tasks.export import export
 from tasks.finetune import check_training, finetune
-from tasks.handover import handover
-from tasks.load import content, fingerprint, load_data, load_model
+from tasks.handover import format_of, handover
+from tasks.load import content, fingerprint, load_data, load_model, tokenizer
 from tasks.manifest import Attempt
 from tasks.refit import Refit, refit
 from tasks.registry_training import live
@@ -91,6 +91,11 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
     check_calibration(recipe.quantize)
     check_training((recipe.finetune, recipe.qat, recipe.retrain))
     source = sourced(given) if given else recipe.model.source if recipe.compressed_elsewhere else None
+    if source and recipe.compressed_elsewhere and not source.startswith("modelopt:"):
+        raise InputError(
+            f"--checkpoint: {source} is not pruned or quantized, and this model's recipe does neither; give "
+            "a folder with modelopt_state.pth, or a recipe that compresses (--recipe)"
+        )
     found = {"data": content(recipe.data)}
     if source:
         found["checkpoint"] = fingerprint(source)
@@ -102,8 +107,11 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
     data = load_data(recipe.data, recipe.task, found["data"])
     if source:
         model = recipe.model.model_copy(update={"source": source})
-        start = load_model(model, recipe.data, recipe.task, found["checkpoint"], recipe.data.split.seed)
+        known = (found["checkpoint"], recipe.data.split.seed, tokenizer(model))
+        start = load_model(model, recipe.data, recipe.task, *known)
         elsewhere = source.startswith("modelopt:")
+        if recipe.export.huggingface and elsewhere:
+            format_of(start)
         candidate = start if elsewhere else recover(compress(start, data, recipe), start, data, recipe)
     else:
         start = lineage.checkpoint(champion)

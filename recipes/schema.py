@@ -62,6 +62,15 @@ class Model(Section):
     revision: str | None = None
     tokenizer: Source | None = None
 
+    @model_validator(mode="after")
+    def _tokenizer_is_here(self) -> Model:
+        if self.tokenizer and self.tokenizer.split(":")[0] not in ("path", "package"):
+            raise ValueError(
+                f"model.tokenizer: {self.tokenizer} is no folder here; give path:FOLDER or "
+                "package:NAME/FOLDER (a hub: model brings its own)"
+            )
+        return self
+
 
 class Drift(Section):
     """When `python -m flows watch` asks for something.
@@ -213,6 +222,11 @@ class Recipe(Section):
                     f"{name}.lora: pruned or quantized weights would not stay so when adapters are added to "
                     "them; lora belongs to finetune"
                 )
+            if section and section.processes > 1 and self.task == "image-text":
+                raise ValueError(
+                    f"{name}.processes: an image is compared with the texts of its batch, of which each "
+                    "process would have a part; train image-text in one process"
+                )
         if self.finetune and self.finetune.distill:
             raise ValueError("finetune.distill: finetune trains the teacher itself; distill belongs to qat")
         if self.retrain and self.retrain.distill and not self.qat:
@@ -304,6 +318,11 @@ class Recipe(Section):
             raise ValueError(
                 f"export.huggingface: the formats that vLLM and TensorRT-LLM read are "
                 f"{', '.join(HANDED_OVER)}; set quantize.format to one of them, or leave it out"
+            )
+        if self.sparsify:
+            raise ValueError(
+                "export.huggingface: ModelOpt writes no quantized weights of a pruned network; leave out "
+                "sparsify or export.huggingface"
             )
         if self.quantize.embeddings:
             raise ValueError(

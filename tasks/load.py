@@ -101,9 +101,19 @@ def load_inputs(data: Data, task: str, content: str) -> Dataset:
         return Dataset(store.commit(folder), task, data.labels, {"inputs": len(values)}, facts)
 
 
+def tokenizer(model: Model) -> str:
+    """What a tokenizer of its own holds now, as one digest; empty where it comes with the weights."""
+    return fingerprint(model.tokenizer) if model.tokenizer else ""
+
+
 @stage(uses=("transformers", "torch"), name="load model", timeout_seconds=3600, **NETWORK)
-def load_model(model: Model, data: Data, task: str, content: str, seed: int) -> Checkpoint:
-    """The source's weights with a fresh head for the recipe's labels, and the preprocessor beside them."""
+def load_model(
+    model: Model, data: Data, task: str, content: str, seed: int, tokenizer: str = ""
+) -> Checkpoint:
+    """The source's weights with a fresh head for the recipe's labels, and the preprocessor beside them.
+
+    `content` and `tokenizer` are the fingerprints of the weights' source and of the tokenizer's.
+    """
     with store.staging() as folder:
         if model.source.startswith("python:"):
             target = model.source.partition(":")[2]

@@ -264,6 +264,10 @@ def test_a_checkpoint_quantized_elsewhere_goes_straight_to_the_gate(
     assert later.attempt is not None
     assert later.attempt.retrained is not None
     assert later.attempt.retrained["engine"] == "refitted", later.attempt.retrained["why"]
+    with pytest.raises(
+        InputError, match=r"--checkpoint: path:.* is not pruned or quantized, and this model's"
+    ):
+        retrain("given", checkpoint=str(start))
     with pytest.raises(InputError, match="no modelopt_state.pth"):
         optimize(str(recipe.parent / "given.yaml"), f"model.source=modelopt:{start}")
 

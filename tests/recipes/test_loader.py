@@ -33,6 +33,7 @@ def test_a_recipe_is_frozen() -> None:
         ("data.split.train=many", ["data.split.train", "'many'"]),
         ("data.source=somewhere", ["data.source: 'somewhere' is no source", "path:", "package:"]),
         ("model.name=a b", ["model.name", "'a b'"]),
+        ("model.tokenizer=hub:org/name", ["hub:org/name is no folder here", "package:NAME/FOLDER"]),
         ("data.image=null", ["needs data.image"]),
         ("build.also=[onnxruntime]", ["names the target runtime onnxruntime again"]),
         ("benchmark.batch_sizes=[128]", ["beyond build.max_batch"]),
@@ -125,6 +126,26 @@ def test_profiles_must_hold_every_text(tiny_recipe: Path) -> None:
 def test_a_section_survives_being_written_down_and_read_again() -> None:
     said = recipes.load(QUICK, ["build.also=[tensorrt-rtx]", "build.tensorrt={refit: never, level: 2}"])
     assert type(said).model_validate(said.model_dump(mode="json")) == said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "words"),
+    [
+        (
+            "bytes-llama-fp8-ptq",
+            "sparsify={}",
+            "export.huggingface: ModelOpt writes no quantized weights of a pru",
+        ),
+        (
+            "fashion-clip-int8-ptq",
+            "qat={epochs: 1, processes: 2}",
+            "qat.processes: an image is compared with the",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(recipe: str, override: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        recipes.load(recipe, [override])
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])

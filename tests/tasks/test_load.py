@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from recipes.data import Data
+from recipes.schema import Model
 from tasks import load
 from tasks.artifacts import Dataset
 from tasks.errors import InputError
@@ -154,3 +155,21 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     before = load.fingerprint(f"path:{file}")
     table(tmp_path, ROWS[:-1])
     assert load.fingerprint(f"path:{file}") != before
+
+
+def test_a_tokenizer_trained_again_in_its_place_is_another_network(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
+    own = Model(
+        name="m", source="python:recipes.tiny_llama:build", tokenizer=f"path:{tmp_path / 'tokenizer'}"
+    )
+    data = section(table(tmp_path, ROWS))
+
+    def key() -> str:
+        return load.load_model.key(own, data, "causal-lm", "content", 0, load.tokenizer(own))
+
+    before = key()
+    assert key() == before
+    (tmp_path / "tokenizer/tokenizer.json").write_text('{"model": {}}')
+    assert key() != before
+    assert load.tokenizer(own.model_copy(update={"tokenizer": None})) == ""
