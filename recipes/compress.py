@@ -99,7 +99,7 @@ class Quantize(Section):
     """Calibration with ModelOpt over `data.split.calibration` rows; docs/formats.md says what each can do.
 
     `block_size` is of INT4's scales, along K; `percentile` of activations that stay in range. `attention`
-    quantizes attention's own matrix products, too. `embeddings` of int4 and w4a8 are INT8. With
+    quantizes the matrix products within every attention, too. `embeddings` of int4 and w4a8 are INT8. With
     `effective_bits` the layers that lose most stay as they are, so that weights take as many bits on average.
     nvfp4 and mxfp8 are calibrated on an NVIDIA GPU alone, and have blocks of their own size.
     """

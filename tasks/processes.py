@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes.compress import Finetune
 from tasks import training
@@ -93,21 +93,27 @@ def _told(file: Path, process: subprocess.Popen[bytes]) -> Iterator[tuple[int, d
             time.sleep(0.5)
 
 
-def _to_json(job: Job) -> dict[str, object]:
-    section = job.section.model_dump(mode="json") | {"save_steps": job.section.save_steps}
-    return {**asdict(replace(job, section=None)), "section": section, "folder": str(job.folder)}  # type: ignore[arg-type]
+def _to_json(job: Job) -> dict[str, Any]:
+    return {
+        "checkpoint": asdict(job.checkpoint),
+        "dataset": asdict(job.dataset),
+        "section": job.section.model_dump(mode="json") | {"save_steps": job.section.save_steps},
+        "teacher": asdict(job.teacher) if job.teacher else None,
+        "folder": str(job.folder),
+    }
 
 
-def _from_json(content: dict[str, object]) -> Job:
-    def artifact(kind: type, name: str) -> object:
-        facts = content[name]
-        assert facts is None or isinstance(facts, dict)
-        return facts and kind(**{**facts, "blob": Blob(**facts["blob"])})
+def _from_json(content: dict[str, Any]) -> Job:
+    def blob(artifact: dict[str, Any]) -> dict[str, Any]:
+        return {**artifact, "blob": Blob(**artifact["blob"])}
 
-    section = Finetune.model_validate(content["section"])
-    parts = artifact(Checkpoint, "checkpoint"), artifact(Dataset, "dataset"), artifact(Checkpoint, "teacher")
-    checkpoint, dataset, teacher = parts
-    return Job(checkpoint, dataset, section, teacher, Path(str(content["folder"])))  # type: ignore[arg-type]
+    return Job(
+        Checkpoint(**blob(content["checkpoint"])),
+        Dataset(**blob(content["dataset"])),
+        Finetune.model_validate(content["section"]),
+        Checkpoint(**blob(content["teacher"])) if content["teacher"] else None,
+        Path(content["folder"]),
+    )
 
 
 def _main(order: Path) -> None:
