@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
 from tasks import store
 from tasks.engines import tensorrt_api
 
-P = ParamSpec("P")
-T = TypeVar("T")
+
+@contextmanager
+def gpu() -> Iterator[None]:
+    """Hold the GPU, where there is one."""
+    if tensorrt_api.gpu() is None:
+        yield
+        return
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    with slot(f"gpu-{first}"):
+        yield
 
 
 @contextmanager
 def slot(device: str) -> Iterator[None]:
     """Wait for the device and hold it. `prefect gcl create DEVICE-HOST --limit 1` adds the second guard."""
-    with FileLock(store.prepare() / f"{device}.lock"), _limit(f"{device}-{platform.node()}"):
+    with _locked(device, "works on it"), _limit(f"{device}-{platform.node()}"):
         yield
 
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
     """Hold this name on this host and on the server; says so when another process has it, and waits."""
+    with _locked(name, "is at it"), _limit(name):
+        yield
+
+
+@contextmanager
+def _locked(name: str, does: str) -> Iterator[None]:
+    """Hold the lock file; `does` is what to say of the process that has it."""
     from tasks.stage import say  # a stage takes its slot from here
 
     lock = FileLock(store.prepare() / f"{name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"{name}: another process is at it; waiting for it to end (Ctrl-C to give up)")
+        say(f"{name}: another process {does}; waiting for it to end (Ctrl-C to give up)")
         lock.acquire()
     try:
-        with _limit(name):
-            yield
+        yield
     finally:
         lock.release()
 
@@ -52,17 +64,3 @@ def _limit(name: str) -> AbstractContextManager[None]:
         return nullcontext()
     # Losing touch with the server must not end a running build; the lock file still holds.
     return concurrency(name, strict=False, raise_on_lease_renewal_failure=False)
-
-
-def on_gpu(fn: Callable[P, T]) -> Callable[P, T]:
-    """Run `fn` while holding the GPU's slot, where there is a GPU."""
-
-    @functools.wraps(fn)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if tensorrt_api.gpu() is None:
-            return fn(*args, **kwargs)
-        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        with slot(f"gpu-{first}"):
-            return fn(*args, **kwargs)
-
-    return run

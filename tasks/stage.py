@@ -18,12 +18,14 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import prefect
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.results import get_result_store
 
 from tasks import slots, store
 from tasks.artifacts import Blob, Checkpoint, Engine
@@ -36,7 +38,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Timing:
-    """One stage of this run: what it was called, the seconds it took, whether a kept result served."""
+    """One stage of this run: its name, its seconds without a wait for a GPU, whether a kept result served."""
 
     stage: str
     seconds: float
@@ -65,28 +67,43 @@ class Stage(Generic[P, T]):
     """A Prefect task that verifies what its cache returns; `fn` is the plain function."""
 
     def __init__(self, fn: Callable[P, T], uses: tuple[str, ...], gpu: bool, options: dict[str, Any]) -> None:
-        self.fn, self.uses = fn, uses
+        self.fn, self.uses, self.gpu = fn, uses, gpu
         policy = CacheKeyFnPolicy(cache_key_fn=lambda _context, inputs: cache_key(fn, uses, inputs))
         decorate = prefect.task(cache_policy=policy, persist_result=True, result_serializer="json", **options)
-        self.task: Any = decorate(slots.on_gpu(fn) if gpu else fn)
+        self.task: Any = decorate(fn)
         functools.update_wrapper(self, fn)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run as a task, or take the kept result; the time goes to `timeline`."""
-        started = time.perf_counter()
         say(f"{self.task.name} …")
-        state = self.task(*args, return_state=True, **kwargs)
-        value: T = state.result()
-        reused = state.name == "Cached"
-        if reused and not all(store.intact(blob) for blob in _blobs(value)):
+        value, timing = self._run(self.task, self._slot(self.key(*args, **kwargs)), *args, **kwargs)
+        if timing.reused and not all(store.intact(blob) for blob in _blobs(value)):
             say(f"{self.task.name}: the kept artifact is bad or gone, running again")
-            value, reused = self.task.with_options(refresh_cache=True)(*args, **kwargs), False
-        if not reused:
-            _free()
-        timing = Timing(self.task.name, time.perf_counter() - started, reused)
+            again = self.task.with_options(refresh_cache=True)
+            value, timing = self._run(again, self._slot(None), *args, **kwargs)
         timeline.append(timing)
-        say(f"{timing.stage}: {'reused' if reused else f'{timing.seconds:.1f} s'}")
+        say(f"{timing.stage}: {'reused' if timing.reused else f'{timing.seconds:.1f} s'}")
         return value
+
+    def _run(
+        self, task: Any, slot: AbstractContextManager[None], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, Timing]:
+        """The task's value; its timeout, its seconds and its look for a kept result begin with the slot."""
+        with slot:
+            started = time.perf_counter()
+            state = task(*args, return_state=True, **kwargs)
+            value: T = state.result()
+            reused = state.name == "Cached"
+            if not reused:
+                _free()
+            return value, Timing(self.task.name, time.perf_counter() - started, reused)
+
+    def _slot(self, key: str | None) -> AbstractContextManager[None]:
+        """The GPU's, for a stage that needs it; a result that is kept under the key needs none."""
+        results: Any = get_result_store()
+        if not self.gpu or (key and results.update_for_task(self.task, _sync=True).exists(key)):
+            return nullcontext()
+        return slots.gpu()
 
     def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The digest that stands for this call."""

@@ -3,13 +3,17 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock, Timeout
+from prefect.context import TaskRunContext
 
 from recipes.schema import Benchmark
 from tasks import stage as stages
 from tasks import store
 from tasks.artifacts import Blob, Checkpoint, Engine, Plan
+from tasks.engines import tensorrt_api
 from tasks.stage import cache_key, source_digest
 
 
@@ -130,3 +134,67 @@ def test_what_a_stage_leaves_in_cycles_is_freed_and_libraries_are_not_looked_thr
         assert left() is None
     assert gc.get_freeze_count() > 10_000
     assert not gc.get_objects()[100:]
+
+
+@pytest.fixture
+def busy_gpu(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> FileLock:
+    """A GPU that another process works on."""
+    monkeypatch.setattr(tensorrt_api, "gpu", lambda: tensorrt_api.Gpu("NVIDIA H100 80GB HBM3", (9, 0)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    other = FileLock(store.prepare() / "gpu-0.lock")
+    other.acquire()
+    return other
+
+
+def test_the_wait_for_a_gpu_counts_neither_for_the_timeout_nor_for_the_time(
+    busy_gpu: FileLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's timeout ends what runs inside the task."""
+    clock = [0.0]
+    inside = []
+
+    def in_task() -> bool:
+        return TaskRunContext.get() is not None
+
+    def hours_later(line: str) -> None:
+        if "gpu-0: another process works on it; waiting" in line:
+            inside.append(in_task())
+            clock[0] = 6 * 3600
+            busy_gpu.release()
+
+    @stages.stage(name="probe", gpu=True, timeout_seconds=3600)
+    def probe(text: str) -> str:
+        inside.append(in_task())
+        with pytest.raises(Timeout):
+            busy_gpu.acquire(timeout=0)
+        return text
+
+    monkeypatch.setattr(stages, "say", hours_later)
+    monkeypatch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert probe("waits") == "waits"
+    assert inside == [False, True]
+    assert stages.timeline[-1].seconds == 0
+    busy_gpu.acquire(timeout=0)
+
+
+def test_a_stage_that_waited_for_its_gpu_takes_what_was_made_meanwhile(
+    busy_gpu: FileLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    @stages.stage(name="probe", gpu=True)
+    def probe(text: str) -> str:
+        runs.append(text)
+        return text
+
+    def made_by_the_other(line: str) -> None:
+        if "waiting" in line:
+            probe.task("shared")
+            busy_gpu.release()
+
+    monkeypatch.setattr(stages, "say", made_by_the_other)
+    assert probe("shared") == "shared"
+    assert runs == ["shared"]
+    assert stages.timeline[-1].reused
+    busy_gpu.acquire(timeout=0)
+    assert probe("shared") == "shared", "what is kept needs no GPU"
