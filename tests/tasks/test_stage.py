@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,13 +138,18 @@ def test_what_a_stage_leaves_in_cycles_is_freed_and_libraries_are_not_looked_thr
 
 
 @pytest.fixture
-def busy_gpu(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> FileLock:
-    """A GPU that another process works on."""
+def gpu(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> FileLock:
+    """A GPU; its lock."""
     monkeypatch.setattr(tensorrt_api, "gpu", lambda: tensorrt_api.Gpu("NVIDIA H100 80GB HBM3", (9, 0)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    other = FileLock(store.prepare() / "gpu-0.lock")
-    other.acquire()
-    return other
+    return FileLock(store.prepare() / "gpu-0.lock")
+
+
+@pytest.fixture
+def busy_gpu(gpu: FileLock) -> FileLock:
+    """A GPU that another process works on; its lock."""
+    gpu.acquire()
+    return gpu
 
 
 def test_the_wait_for_a_gpu_counts_neither_for_the_timeout_nor_for_the_time(
@@ -198,3 +204,31 @@ def test_a_stage_that_waited_for_its_gpu_takes_what_was_made_meanwhile(
     assert stages.timeline[-1].reused
     busy_gpu.acquire(timeout=0)
     assert probe("shared") == "shared", "what is kept needs no GPU"
+
+
+def test_a_stage_gives_the_gpu_s_memory_back_before_its_slot(
+    gpu: FileLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[weakref.ref[Network]] = []
+    emptied = []
+
+    def empty_cache() -> None:
+        with pytest.raises(Timeout):
+            gpu.acquire(timeout=0)
+        emptied.append(left[0]() is None)
+
+    @stages.stage(name="probe", gpu=True)
+    def probe(text: str) -> str:
+        left.append(weakref.ref(Network()))
+        return text
+
+    cuda = SimpleNamespace(is_initialized=lambda: True, empty_cache=empty_cache)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    probe("trains")
+    assert emptied == [True]
+    cuda.is_initialized = lambda: False
+    probe("uses no GPU")
+    assert emptied == [True]
+    monkeypatch.delitem(sys.modules, "torch")
+    probe("uses no torch")
+    assert "torch" not in sys.modules
