@@ -18,10 +18,17 @@ from tasks.training import Job, described, train
 DAY = 24 * 3600
 
 
+def _processes(
+    checkpoint: Checkpoint, dataset: Dataset, section: Finetune, teacher: Checkpoint | None = None
+) -> int:
+    """A GPU each."""
+    return section.processes
+
+
 @stage(
     uses=("torch", "transformers", "accelerate", "nvidia-modelopt", "peft"),
     name="fine-tune",
-    gpu=True,
+    gpu=_processes,
     timeout_seconds=DAY,
 )
 def finetune(

@@ -38,7 +38,7 @@ class Meant:
     end: float | None
 
 
-@stage(uses=("torch", "nvidia-modelopt", "transformers"), name="hand over", timeout_seconds=3600)
+@stage(uses=("torch", "nvidia-modelopt", "transformers"), name="hand over", gpu=True, timeout_seconds=3600)
 def handover(checkpoint: Checkpoint, dataset: Dataset) -> Metrics:
     """The checkpoint's folder, read again and compared tensor by tensor with the quantized network.
 

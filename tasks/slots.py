@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from filelock import FileLock, Timeout
 
@@ -14,14 +14,19 @@ from tasks.engines import tensorrt_api
 
 
 @contextmanager
-def gpu() -> Iterator[None]:
-    """Hold the GPU, where there is one."""
-    if tensorrt_api.gpu() is None:
+def gpus(count: int) -> Iterator[None]:
+    """Hold the first `count` GPUs that this process sees, where there is one."""
+    with ExitStack() as held:
+        for name in _visible(count) if count and tensorrt_api.gpu() else ():
+            held.enter_context(slot(f"gpu-{name}"))
         yield
-        return
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    with slot(f"gpu-{first}"):
-        yield
+
+
+def _visible(count: int) -> list[str]:
+    """Sorted: of two processes that want several, one has to have none while it waits for the first."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = [name.strip() for name in named.split(",")] if named else [str(k) for k in range(count)]
+    return sorted(seen[:count])
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -66,7 +65,13 @@ def tell(key: str, what: str, step: int, losses: dict[str, float]) -> None:
 class Stage(Generic[P, T]):
     """A Prefect task that verifies what its cache returns; `fn` is the plain function."""
 
-    def __init__(self, fn: Callable[P, T], uses: tuple[str, ...], gpu: bool, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        fn: Callable[P, T],
+        uses: tuple[str, ...],
+        gpu: bool | Callable[..., int],
+        options: dict[str, Any],
+    ) -> None:
         self.fn, self.uses, self.gpu = fn, uses, gpu
         policy = CacheKeyFnPolicy(cache_key_fn=lambda _context, inputs: cache_key(fn, uses, inputs))
         decorate = prefect.task(cache_policy=policy, persist_result=True, result_serializer="json", **options)
@@ -74,25 +79,28 @@ class Stage(Generic[P, T]):
         functools.update_wrapper(self, fn)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run as a task, or take the kept result; the time goes to `timeline`."""
+        """Run as a task, or take the kept result, which needs no GPU; the time goes to `timeline`."""
         say(f"{self.task.name} …")
-        value, timing = self._run(self.task, self._slot(self.key(*args, **kwargs)), *args, **kwargs)
+        gpus = self.gpu(*args, **kwargs) if callable(self.gpu) else int(self.gpu)
+        kept = gpus > 0 and self._kept(self.key(*args, **kwargs))
+        value, timing = self._run(self.task, 0 if kept else gpus, *args, **kwargs)
         if timing.reused and not all(store.intact(blob) for blob in _blobs(value)):
             say(f"{self.task.name}: the kept artifact is bad or gone, running again")
-            again = self.task.with_options(refresh_cache=True)
-            value, timing = self._run(again, self._slot(None), *args, **kwargs)
+            value, timing = self._run(self.task.with_options(refresh_cache=True), gpus, *args, **kwargs)
         timeline.append(timing)
         say(f"{timing.stage}: {'reused' if timing.reused else f'{timing.seconds:.1f} s'}")
         return value
 
-    def _run(
-        self, task: Any, slot: AbstractContextManager[None], *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[T, Timing]:
-        """The task's value; its timeout, its seconds and its look for a kept result begin with the slot.
+    def _kept(self, key: str) -> bool:
+        results: Any = get_result_store()
+        return bool(results.update_for_task(self.task, _sync=True).exists(key))
 
-        Memory is given back before the slot is.
+    def _run(self, task: Any, gpus: int, *args: P.args, **kwargs: P.kwargs) -> tuple[T, Timing]:
+        """The task's value; timeout, seconds and the look for a kept result begin once it has its GPUs.
+
+        Memory is given back before they are.
         """
-        with slot:
+        with slots.gpus(gpus):
             started = time.perf_counter()
             state = task(*args, return_state=True, **kwargs)
             value: T = state.result()
@@ -100,13 +108,6 @@ class Stage(Generic[P, T]):
             if not reused:
                 _free()
             return value, Timing(self.task.name, time.perf_counter() - started, reused)
-
-    def _slot(self, key: str | None) -> AbstractContextManager[None]:
-        """The GPU's, for a stage that needs it; a result that is kept under the key needs none."""
-        results: Any = get_result_store()
-        if not self.gpu or (key and results.update_for_task(self.task, _sync=True).exists(key)):
-            return nullcontext()
-        return slots.gpu()
 
     def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
         """The digest that stands for this call."""
@@ -116,12 +117,12 @@ class Stage(Generic[P, T]):
 
 
 def stage(
-    *, uses: tuple[str, ...] = (), gpu: bool = False, **options: Any
+    *, uses: tuple[str, ...] = (), gpu: bool | Callable[..., int] = False, **options: Any
 ) -> Callable[[Callable[P, T]], Stage[P, T]]:
     """Decorate a plain function as a stage.
 
-    `uses` names the distributions whose versions matter; with `gpu` it runs alone on the host's GPU;
-    `options` are Prefect's.
+    `uses` names the distributions whose versions matter; with `gpu` it runs alone on the host's GPU, or on as
+    many as `gpu` says of the call; `options` are Prefect's.
     """
     return lambda fn: Stage(fn, uses, gpu, options)
 
