@@ -55,12 +55,17 @@ def _weakly_typed(runtime: Runtime) -> bool:
 
 def check_build(section: Build, format: str | None, opset: int) -> None:
     """Raise InputError for what this machine can never build or refit, before anything costly."""
-    for runtime in (section.runtime, *section.also):
-        if runtime != "onnxruntime" and installed(runtime):
-            asked = section.tensorrt or TensorRT()
-            always = asked.refit == "always" and not asked.version_compatible
-            if doubt := module(runtime).cannot(runtime, refit_always=always, format=format, opset=opset):
-                raise InputError(doubt)
+    asked = section.tensorrt or TensorRT()
+    always = asked.refit == "always" and not asked.version_compatible
+    here = [name for name in (section.runtime, *section.also) if name != "onnxruntime" and installed(name)]
+    for runtime in here:
+        if doubt := module(runtime).cannot(runtime, refit_always=always, format=format, opset=opset):
+            raise InputError(doubt)
+    if always and len(here) > 1:
+        raise InputError(
+            f"build.tensorrt: refit: always: one run tries refits with one TensorRT, not with {here[0]} and "
+            f"{here[1]}; take one of them out of the recipe, or use refit: auto"
+        )
 
 
 @stage(
@@ -74,8 +79,9 @@ def build(
 ) -> Engine:
     """Plan and weights for `runtime`; `host` (see the function) is part of the cache key.
 
-    `proved` is `executed` when it ran here, `built` when a plan was made that cannot run here,
-    `checked` when the runtime is not installed: then the plan is the checked ONNX itself.
+    `proved` is `executed` when it ran here, `built` when a plan was made that cannot run here or not in a
+    process that uses the other TensorRT, `checked` when the runtime is not installed: then the plan is the
+    checked ONNX itself.
     """
     with store.staging() as folder:
         shutil.copytree(batches.preprocessor(checkpoint), folder / "preprocessor")

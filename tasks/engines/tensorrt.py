@@ -103,7 +103,8 @@ def build(
     """Write `folder/plan` (and `folder/weights` when stripped); `options` are the fields of `Options`.
 
     `reference` are the right outputs for the samples; without it ONNX's own evaluator computes them.
-    Where no GPU runs the flavor the plan is only `built`, and never refittable.
+    Where no GPU runs the flavor, or this process uses the other one, the plan is only `built`, and never
+    refittable.
     """
     start = time.perf_counter()
     source = model_file(model).resolve()
@@ -122,7 +123,9 @@ def build(
         "version_compatible": job.options.version_compatible,
     }
     if not api.can_execute(job.flavor):
-        return _built(manifest, job)
+        return _built(manifest, job, "built where no GPU could try a refit")
+    if api.uses_other(job.flavor) and job.options.refit != "always":
+        return _built(manifest, job, "built where the other TensorRT is in use, so that no refit was tried")
     if reference is None:
         reference = tensorrt_parity.reference(source, samples)
     facts = choose.build(manifest, job, samples, reference)
@@ -157,12 +160,12 @@ def _job(
     return tensorrt_build.Job(str(source), str(plan), flavor, options, profiles, weak, False, cache)
 
 
-def _built(manifest: Facts, job: tensorrt_build.Job) -> Built:
-    """Build where nothing can be executed."""
+def _built(manifest: Facts, job: tensorrt_build.Job, why: str) -> Built:
+    """Build where nothing can be executed, and say why."""
     if job.options.refit == "always":
         raise InputError(no_refit(job.flavor))
     made = tensorrt_build.run(job)
-    refit = {**choose.NO_REFIT, "reason": "built where no GPU could try a refit"}
+    refit = {**choose.NO_REFIT, "reason": why}
     facts = {"build_seconds": made["seconds"], "refit": refit, **choose.seal(manifest, job, refit)}
     return _result(manifest, "built", facts)
 

@@ -18,6 +18,7 @@ from tasks.errors import InputError
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "tensorrt_rtx")
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # its ComputeCapability members
+CHOICE = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,22 @@ def includes_refit(flavor: Flavor, version: str) -> bool:
     return flavor == "tensorrt_rtx" or numbers(version) >= (10, 14)
 
 
+def uses_other(flavor: Flavor) -> bool:
+    """Whether this process already uses the other flavor, so that it can open no engine of this one."""
+    return "polygraphy" in sys.modules and os.environ.get(CHOICE, "0") != _choice(flavor)
+
+
+def _choice(flavor: Flavor) -> str:
+    return "1" if flavor == "tensorrt_rtx" else "0"
+
+
 def use(flavor: Flavor) -> Any:
     """Import the flavor's module, and make Polygraphy use it too (it takes one flavor a process)."""
-    wanted = "1" if flavor == "tensorrt_rtx" else "0"
-    if "polygraphy" in sys.modules and os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX", "0") != wanted:
+    if uses_other(flavor):
         raise InputError(
             f"this process already uses the other TensorRT; open {flavor} engines in a process of their own"
         )
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = wanted
+    os.environ[CHOICE] = _choice(flavor)
     try:
         if flavor == "tensorrt_rtx":
             import tensorrt_rtx as module

@@ -115,6 +115,15 @@ def test_fp8_on_an_old_gpu_is_said_first(monkeypatch: pytest.MonkeyPatch) -> Non
     build.check_build(section, "int8", 20)
 
 
+def test_refits_of_two_tensorrts_in_one_run_are_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "version_of", lambda flavor: "11.4")
+    monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA A100", (8, 0)))
+    both = {"runtime": "tensorrt", "also": ("tensorrt-rtx",)}
+    with pytest.raises(InputError, match=r"not with tensorrt and tensorrt-rtx; .*refit: auto"):
+        build.check_build(Build.model_validate({**both, "tensorrt": {"refit": "always"}}), "int8", 20)
+    build.check_build(Build.model_validate(both), "int8", 20)
+
+
 @pytest.mark.parametrize(
     ("version", "gpu", "format", "says"),
     [

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
 import pytest
 
 from benchmarks.tensorrt import mlp, qdq
-from tasks.engines import tensorrt, tensorrt_build
+from tasks.engines import tensorrt, tensorrt_build, tensorrt_run
+from tasks.engines import tensorrt_api as api
 from tasks.engines.common import graph_digest
 from tasks.engines.tensorrt_options import Options
 from tasks.errors import InputError
@@ -96,6 +99,23 @@ def test_what_the_parser_refuses_is_named(model: Path, tmp_path: Path) -> None:
 def test_refit_always_needs_a_gpu(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="refit: always needs a GPU"):
         build(model, tmp_path / "out", refit="always")
+
+
+@needs_rtx
+@no_gpu
+def test_a_process_that_uses_the_other_tensorrt_only_builds(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that runs both, and has opened an engine of TensorRT."""
+    monkeypatch.setattr(api, "gpu", lambda: api.Gpu("NVIDIA A100", (8, 0)))
+    monkeypatch.setitem(sys.modules, "polygraphy", ModuleType("polygraphy"))
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "0")
+    built = build(model, tmp_path / "out")
+    assert (built.proved, built.runtime, built.facts["refit"]["safe"]) == ("built", RTX, False)
+    assert "the other TensorRT is in use" in built.facts["refit"]["reason"]
+    assert tensorrt_run.manifest_of(tmp_path / "out" / "plan")["runtime"] == RTX
+    with pytest.raises(InputError, match="already uses the other TensorRT"):
+        tensorrt.open(tmp_path / "out" / "plan", None)
 
 
 @needs_rtx
