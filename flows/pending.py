@@ -37,5 +37,14 @@ def judge_pending(model: str, version: str) -> Outcome:
     }
     found = lineage.found(waiting)
     handed = handover(checkpoint, rows) if recipe.export.huggingface else None
-    made = Attempt(recipe, rows, {"candidate": checkpoint}, onnx, engines, found, handover=handed)
+    made = Attempt(
+        recipe,
+        rows,
+        {"candidate": checkpoint},
+        onnx,
+        engines,
+        found,
+        teacher_run=lineage.teacher_run(waiting),
+        handover=handed,
+    )
     return judge(replace(made, timeline=tuple(timeline)))

@@ -135,6 +135,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
         {"candidate": engine, "baseline": baseline},
         found,
         story(champion, tried, engine, found_champion),
+        lineage.teacher_run(champion),
         handover=handed,
         timeline=tuple(timeline),
     )
@@ -164,9 +165,10 @@ def train_on(start: Checkpoint, data: Dataset, recipe: Recipe, champion: Version
     """
     before = lineage.parsed(champion)
     if recipe.qat and (recipe.sparsify, recipe.quantize) == (before.sparsify, before.quantize):
-        ranged = recalibrate(start, data, recipe.quantize) if recipe.quantize else start
         section = recipe.retrain or recipe.qat
-        return finetune(ranged, data, section, lineage.teacher(champion) if section.distill else None)
+        teacher = lineage.teacher(champion) if section.distill else None
+        ranged = recalibrate(start, data, recipe.quantize) if recipe.quantize else start
+        return finetune(ranged, data, section, teacher)
     dense = strip(start)
     training = recipe.retrain or recipe.finetune
     if training:

@@ -70,11 +70,26 @@ def checkpoint(version: Version) -> Checkpoint:
 
 
 def teacher(version: Version) -> Checkpoint:
-    """The FP32 baseline that the first ancestor's candidate learned from."""
-    run = baseline_run(version)
-    facts = registry.noted(run)["checkpoints"]["baseline"]
-    blob = _bring(Blob(**facts["blob"]), f"runs:/{run}/teacher", version)
+    """The FP32 baseline that the first ancestor's candidate learned from, or was made of.
+
+    Raises InputError where neither its run nor this machine's store keeps it.
+    """
+    run = teacher_run(version)
+    facts = registry.noted(run)["checkpoints"].get("baseline")
+    blob = Blob(**facts["blob"]) if facts else None
+    if blob is None or not (store.intact(blob) or registry.client().list_artifacts(run, "teacher")):
+        raise InputError(
+            f"{version.model} version {version.version} has no teacher to distill from: its recipe said "
+            f"distill neither in qat nor in retrain, so run {run} kept none. Run a recipe that does "
+            "(python -m flows optimize), or retrain without distill"
+        )
+    blob = _bring(blob, f"runs:/{run}/teacher", version)
     return Checkpoint(blob, facts["type"], facts["identity"], facts["facts"])
+
+
+def teacher_run(version: Version) -> str:
+    """The run that keeps the teacher: a version that made no baseline of its own refers to an ancestor's."""
+    return str(manifest(version).get("teacher_run") or baseline_run(version))
 
 
 def held_out(version: Version) -> Dataset | None:

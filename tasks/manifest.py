@@ -36,6 +36,8 @@ class Attempt:
     """What data and starting weights were, as digests: what a retrain compares with."""
     retrained: Facts | None = None
     """Of a retrain: from which version, refitted or built and why, with the seconds of both."""
+    teacher_run: str | None = None
+    """The run that keeps the teacher where this one makes no baseline: the first ancestor's."""
     scores: dict[str, Metrics] = field(default_factory=dict)
     handover: Metrics | None = None
     """The candidate as a Hugging Face checkpoint, where the recipe asks for one."""
@@ -61,6 +63,7 @@ def manifest(attempt: Attempt) -> dict[str, Any]:
         "data": asdict(attempt.dataset),
         "found": attempt.found,
         "retrained": attempt.retrained,
+        "teacher_run": attempt.teacher_run,
         "sparsity": calibrated.facts.get("sparsity"),
         "quantizers": calibrated.facts.get("quantizers"),
         "checkpoints": {name: _without(asdict(item), "curve") for name, item in attempt.checkpoints.items()},

@@ -34,7 +34,7 @@ def log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
         _report(attempt, store.path(attempt.measurements.blob), scratch / "report")
         mlflow.log_artifacts(str(scratch / "report"), "gate")
     mlflow.log_artifacts(str(store.path(attempt.checkpoints["candidate"].blob)), "checkpoint")
-    if attempt.recipe.qat and attempt.recipe.qat.distill and not attempt.retrained:
+    if "baseline" in attempt.checkpoints and _distills(attempt):
         mlflow.log_artifacts(str(store.path(attempt.checkpoints["baseline"].blob)), "teacher")
     for name, made in (("huggingface", attempt.handover), ("pictures", attempt.pictures)):
         if made and made.blob:
@@ -48,6 +48,11 @@ def log(attempt: Attempt, content: dict[str, Any], scratch: Path) -> None:
         if name not in ("candidate", "calibrated"):
             pack(engine, attempt.recipe.build.max_batch, scratch / name)
             mlflow.log_artifacts(str(scratch / name), f"engines/{name}")
+
+
+def _distills(attempt: Attempt) -> bool:
+    """Whether this recipe's training, or that of a retrain, learns from the baseline."""
+    return any(section and section.distill for section in (attempt.recipe.qat, attempt.recipe.retrain))
 
 
 def _report(attempt: Attempt, judged: Path, folder: Path) -> None:

@@ -109,6 +109,54 @@ def test_more_data_refits_the_plan_and_keeps_what_was_learned(first: Outcome, se
     ]
 
 
+TAUGHT = {"weight": 0.5}
+
+
+def empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's: everything comes from the registry."""
+    monkeypatch.setattr(store, "intact", lambda blob: False)
+
+
+def test_the_teacher_of_retrains_alone_is_kept(
+    first: Outcome, recipe: Path, optimize: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = optimize(str(recipe), "model.name=later", f"retrain.distill={TAUGHT}")
+    assert later.attempt is not None
+    empty_store(monkeypatch)
+    assert lineage.teacher(later.version).blob == later.attempt.checkpoints["baseline"].blob
+    with pytest.raises(InputError, match="again version 1 has no teacher .* retrain without distill"):
+        lineage.teacher(first.version)
+
+
+def test_a_version_that_waited_for_its_gate_is_judged_and_keeps_its_teacher(
+    recipe: Path, optimize: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.pending import judge_pending
+    from tasks import build
+
+    overrides = [
+        "model.name=taught",
+        "qat.epochs=0.5",
+        f"qat.distill={TAUGHT}",
+        "retrain.epochs=0.5",
+        f"retrain.distill={TAUGHT}",
+        "gate={max_drop: 0.5, on_coarse: warn}",
+        "benchmark.round_ms=1",
+    ]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(build, "installed", lambda runtime: None)
+        waiting = optimize(str(recipe), *overrides)
+    assert waiting.version.gate == "pending"
+    judged = judge_pending("taught", waiting.version.version)
+    assert judged.verdict == "promoted", judged.reasons
+    learned = retrain("taught", rebuild=True)
+    assert waiting.attempt is not None
+    teacher = waiting.attempt.checkpoints["baseline"]
+    empty_store(monkeypatch)
+    for version in (waiting.version, judged.version, learned.version):
+        assert lineage.teacher(version).blob == teacher.blob
+
+
 def test_mask_and_quantizers_stay_as_the_recipe_says(first: Outcome, second: Outcome) -> None:
     assert first.attempt is not None
     assert second.attempt is not None
