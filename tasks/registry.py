@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -326,11 +327,30 @@ def noted(run_id: str) -> dict[str, Any]:
 
 
 def manifest_file(run_id: str) -> Path:
-    """The run's manifest as a file of this machine, fetched once."""
+    """The run's manifest as a file of this machine, fetched once; one that was cut off is fetched again."""
     import mlflow
 
     place = store.home() / "manifests" / f"{run_id}.json"
-    if not place.exists():
-        place.parent.mkdir(exist_ok=True)
-        place.write_text(mlflow.artifacts.load_text(f"runs:/{run_id}/manifest.json"))
+    if not _is_json(place):
+        _write(place, mlflow.artifacts.load_text(f"runs:/{run_id}/manifest.json"))
     return place
+
+
+def _is_json(place: Path) -> bool:
+    try:
+        json.loads(place.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _write(place: Path, text: str) -> None:
+    """Replace the file whole: who reads meanwhile, or after a kill or on a full disk, sees no half of it."""
+    place.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as scratch:
+        beside = Path(scratch) / place.name
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(place)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from recipes import load as recipe
 from recipes.data import Data
 from recipes.schema import Model
-from tasks import calibrate, load
+from tasks import calibrate, load, registry_alias
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.engines import microscale
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,31 @@ def image() -> Case:
 def _case(model: Model, data: Data, task: str) -> Case:
     dataset = load.load_data.fn(data, task, "content")
     return Case(dataset, load.load_model.fn(model, data, task, "content", 0), model, data)
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables in SQLite, made once: that takes seconds."""
+    from mlflow import MlflowClient
+
+    place = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    MlflowClient(f"sqlite:///{place}").search_experiments()
+    return place
+
+
+@pytest.fixture
+def own_mlflow(
+    fresh_home: Path, mlflow_tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MlflowClient]:
+    """The client of an MLflow of this test's own, with nothing in it."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fresh_home.mkdir()
+    shutil.copy(mlflow_tables, fresh_home)
+    yield registry_alias.client()
+    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from tasks import ledger, registry_alias, registry_engine, registry_garbage, store
 from tasks.artifacts import Blob
@@ -62,30 +61,16 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, made once: that takes seconds."""
-    place = tmp_path_factory.mktemp("database") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{place}").search_experiments()
-    return place
-
-
 @pytest.fixture
-def proxy(
-    tmp_path: Path, fresh_home: Path, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Proxy]:
+def proxy(tmp_path: Path, own_mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """An MLflow of this test's own, whose runs keep their files behind the proxy."""
-    before = mlflow.get_tracking_uri()
-    fresh_home.mkdir()
-    shutil.copy(database, fresh_home)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (tmp_path / "files").mkdir()
     with Proxy(tmp_path / "files") as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        registry_alias.client().create_experiment(registry_engine.EXPERIMENT, f"{server.url}/runs")
+        own_mlflow.create_experiment(registry_engine.EXPERIMENT, f"{server.url}/runs")
         yield server
         server.shutdown()
-    mlflow.set_tracking_uri(before)
 
 
 def plan() -> Blob:
