@@ -6,23 +6,21 @@ python -m flows push REPOSITORY COMMIT --branch BRANCH [--before COMMIT]
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import prefect.runtime
 from prefect import Flow, flow, task
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import State
-from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 from prefect.variables import Variable
 
+from flows import keyed
 from flows.commit import mirror, optimize_commit, printable, tags
+from flows.keyed import Keyed
 from tasks import checkout, git, repositories
-from tasks.errors import InputError
 from tasks.repositories import Repository
 from tasks.stage import NETWORK, say
 from tasks.status import tell
@@ -61,39 +59,55 @@ def poll(repository: str | None = None, branch: str | None = None) -> State[Any]
     words, problems = [], []
     for each in wanted:  # one that is away keeps nobody else waiting
         try:
-            words.append(_look(each, branch))
+            said, failed = _look(each, branch)
         except git.GitError as error:
-            problems.append(f"{each.name}: {error}")
+            said, failed = [], [str(error)]
+        words += [f"{each.name}: {line}" for line in said]
+        problems += [f"{each.name}: {line}" for line in failed]
     if problems:
         return Failed(message="; ".join([*problems, *words]))
     return _done("; ".join(words) or f"{repositories.file()} allows none")
 
 
-def _look(repository: Repository, branch: str | None) -> str:
+def _look(repository: Repository, branch: str | None) -> tuple[list[str], list[str]]:
+    """What the branches have to say, and what went wrong with some."""
     now = {name: tip for name, tip in heads(repository.url, branch).items() if repository.allows(name)}
     first = _seen(repository, "") is None
-    moved = [name for name, tip in sorted(now.items()) if _follow(repository, name, tip, first)]
+    found = [_follow(repository, name, tip, first) for name, tip in sorted(now.items())]
     _remember(repository, "", "known")
-    words = (
-        "seen for the first time, remembered"
-        if first
-        else ", ".join(map(printable, moved)) or "nothing moved"
-    )
-    return f"{repository.name}: {words}"
+    if first:
+        return ["seen for the first time, remembered"], []
+    failed = [each.words for each in found if each.failed]
+    moved = ", ".join(each.words for each in found if each.words and not each.failed)
+    return [moved or "nothing moved"] if moved or not failed else [], failed
 
 
-def _follow(repository: Repository, branch: str, tip: str, first: bool) -> bool:
-    """Hand a branch that moved to `push`; whether it did."""
+@dataclass(frozen=True)
+class Followed:
+    """What a poll says of a branch, where it says anything."""
+
+    words: str = ""
+    failed: bool = False
+
+
+def _follow(repository: Repository, branch: str, tip: str, first: bool) -> Followed:
+    """Hand a branch that moved to `push`, and remember its tip once that has done its work."""
     before = _seen(repository, branch)
     if before == tip:
-        return False
+        return Followed()
+    found, name = Followed(), printable(branch)
     if not first:
         values = {"repository": repository.name, "commit": tip, "before": before, "branch": branch}
         key = git.push_key(repository.name, tip, before, branch)
-        _run(push, "push/commit", values, f"{printable(branch)} @ {tip[:7]}", key, ["push"])
-    # Last, so that a poll that dies before it asks again.
+        run = _run(push, "push/commit", values, f"{name} @ {tip[:7]}", key, ["push"])
+        if run and run.failed:
+            return Followed(f"{name} @ {tip[:7]}: {run.words}", failed=True)
+        if run and not run.done:
+            return Followed(name if run.fresh else f"{name} ({run.words})")
+        found = Followed("" if run else name)
+    # Last, so that a poll that dies before it, or a push that fails, is not the end of it.
     _remember(repository, branch, tip)
-    return True
+    return found
 
 
 def start(place: Path, repository: Repository, recipe: str, base: str, commit: str, branch: str) -> str:
@@ -101,7 +115,7 @@ def start(place: Path, repository: Repository, recipe: str, base: str, commit: s
     name = f"{printable(recipe)} @ {commit[:7]}"
     # A poll sees several pushes as one: what an earlier one started is not started again, if nothing changed.
     earlier = git.untouched_since(place, base, commit, recipe)
-    taken = _taken([_key(repository, each, recipe) for each in (commit, *earlier)])
+    taken = keyed.taken([_key(repository, each, recipe) for each in (commit, *earlier)])
     if taken:
         return f"{name}: already started as {taken}"
     tell(repository, commit, recipe, "pending", "waits for a worker")
@@ -117,25 +131,12 @@ def _key(repository: Repository, commit: str, recipe: str) -> str:
 
 def _run(
     flow: Flow[..., Any], deployment: str, parameters: dict[str, Any], name: str, key: str, tags: list[str]
-) -> None:
-    """Through the deployment where a server keeps one, else here and now."""
+) -> Keyed | None:
+    """Through the deployment where a server keeps one, else here and now: then there is no other run."""
     if not PREFECT_API_URL.value():
         flow(**parameters)
-        return
-    try:
-        run_deployment(
-            deployment, parameters=parameters, flow_run_name=name, idempotency_key=key, tags=tags, timeout=0
-        )
-    except ObjectNotFound:
-        raise InputError(f"Prefect does not know the deployment {deployment}: `make up` applies it") from None
-
-
-def _taken(keys: list[str]) -> str | None:
-    """The name of a run that one of these keys started."""
-    keyed = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=keys))
-    with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=keyed, limit=1)
-    return found[0].name if found else None
+        return None
+    return keyed.start(deployment, parameters, key, tags, name)
 
 
 def _remember(repository: Repository, branch: str, commit: str) -> None:

@@ -25,11 +25,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.deployments import run_deployment
-from prefect.states import Completed
+from prefect.client.schemas.objects import State, StateType
+from prefect.states import Completed, Failed
 
 import recipes
+from flows import keyed
 from tasks import lineage
 from tasks.errors import InputError
 from tasks.load import content
@@ -50,12 +50,15 @@ def scheduled(deployment: str, parameters: dict[str, Any], skip_after_minutes: f
     if running:
         return _done("Skipped", f"{running} is not done yet")
     key = f"{deployment}:{_digest(parameters)}:{due.isoformat()}"
-    return _done("Completed", f"started {_start(deployment, parameters, key, ['scheduled', tag])}")
+    return _start(deployment, parameters, key, ["scheduled", tag])
 
 
 @flow(name="data-changed", flow_run_name="{recipe}", persist_result=False)
 def data_changed(recipe: str, then: Literal["optimize", "retrain"] = "retrain") -> State[Any]:
-    """Start optimize or retrain when the recipe's source holds other rows than at the last attempt."""
+    """Start optimize or retrain when the recipe's source holds other rows than the newest version's.
+
+    Once for these rows after that version; a run that failed is tried again at later ticks, then given up.
+    """
     plan = recipes.load(recipe)
     latest = lineage.latest(plan.model.name)
     if latest is None:
@@ -68,18 +71,21 @@ def data_changed(recipe: str, then: Literal["optimize", "retrain"] = "retrain") 
     deployment, parameters = "optimize/recipe", {"recipe": recipe}
     if then == "retrain":
         deployment, parameters = "retrain/model", {"model": plan.model.name, "recipe": recipe}
-    key = f"data:{deployment}:{recipe}:{now}"
-    return _done(
-        "Completed", f"{plan.data.source} changed: started {_start(deployment, parameters, key, ['data'])}"
-    )
+    # Rows that come back after another version was made of others are new again.
+    key = f"data:{deployment}:{recipe}:{latest.version.version}:{now}"
+    return _start(deployment, parameters, key, ["data"], f"{plan.data.source} changed: ")
 
 
-def _start(deployment: str, parameters: dict[str, Any], key: str, tags: Sequence[str]) -> str:
+def _start(
+    deployment: str, parameters: dict[str, Any], key: str, tags: Sequence[str], why: str = ""
+) -> State[Any]:
     if not prefect.settings.PREFECT_API_URL.value():
         raise InputError("a clock needs the services: make up")
-    run = run_deployment(deployment, parameters=parameters, idempotency_key=key, tags=tags, timeout=0)
-    assert isinstance(run, FlowRun)
-    return f"{deployment} as {run.name}"
+    keyed_run = keyed.start(deployment, parameters, key, tags)
+    if keyed_run.failed:
+        say(why + keyed_run.words)
+        return Failed(message=why + keyed_run.words)
+    return _done("Completed" if keyed_run.fresh else "Skipped", why + keyed_run.words)
 
 
 def _waiting(deployment: str, tag: str) -> str | None:
