@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from infra.recover import TAKEN_BY
+from infra.services import WORKER
 from tests.conftest import BRIEF
 from tests.infra.stacks import MODEL, OTHER, PASSED, Stack, until
 
@@ -142,6 +144,7 @@ def test_the_worker_runs_a_recipe(stack: Stack) -> None:
             made.id, parameters={"recipe": "digits-cnn-int8-ptq", "overrides": [*BRIEF, "promote=manual"]}
         )
         ended = until(lambda: _final(client, run.id), 300)
+        assert client.read_flow_run(run.id).labels[TAKEN_BY] == WORKER
     assert ended.is_completed(), ended
     assert MODEL in stack.api("GET", "registered-models/search").text
 
