@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,10 @@ from tasks.measurements import (
     examples_missing,
 )
 from tasks.metrics import Metric, metric
-from tasks.sentences import bound, missing, percent, texts, word
+from tasks.sentences import bound, missing, span, texts, word
 from tasks.statistics import Comparison
+
+UNDEFINED = "it has no finite value on these examples"
 
 
 def quality(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Rule]:
@@ -38,6 +41,9 @@ def quality(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Rule]
             yield missing(name, f"{how.name} against the {reference}", problem, gate)
             continue
         found = compare(measurements, reference, how, gate, seed)
+        if not math.isfinite(found.candidate - found.reference):
+            yield missing(name, f"{how.name} against the {reference}", UNDEFINED, gate)
+            continue
         if gate.max_drop is not None:
             yield drop(name, how.name, found, how, reference, gate.max_drop, gate)
         if gate.min_ratio is not None:
@@ -68,6 +74,9 @@ def forgetting(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Ru
         yield missing("forgetting", what, problem, gate)
         return
     found = compare(previous, CHAMPION, how, gate, seed)
+    if not math.isfinite(found.candidate - found.reference):
+        yield missing("forgetting", what, UNDEFINED, gate)
+        return
     n = len(examples(previous.engines[CANDIDATE]))
     yield drop("forgetting", what, found, how, CHAMPION, gate.max_forgetting, gate)
     yield sensitivity(
@@ -96,19 +105,21 @@ def drop(
     points = " points" if how.points and change else ""
     sentence = (
         f"{what} {verb}{points} against the {reference} "
-        f"({percent(gate.confidence)} interval {text[1]} to {text[2]}), allowed {text[3]}"
+        f"({span(gate, found.difference, text[1:3])}), allowed {text[3]}"
     )
     facts = {**bound(sign > 0, "points" if how.points else how.name), **found.facts}
     facts |= {"candidate": found.candidate, "reference": found.reference}
-    facts |= dict(zip(("detectable", "detectable_interval"), found.detectable, strict=True))
-    return Rule(name, passed, sentence, change, -sign * allowed, (low, high), facts)
+    if found.bounded:
+        facts |= dict(zip(("detectable", "detectable_interval"), found.detectable, strict=True))
+    ends = (low, high) if found.bounded else None
+    return Rule(name, passed, sentence, change, -sign * allowed, ends, facts)
 
 
 def ratio(found: Comparison, how: Metric, reference: str, gate: Gate) -> Rule:
     """The interval of candidate / reference (reference / candidate where lower is better) must stay above."""
     name, limit = f"{word(how)}_ratio_vs_{reference}", gate.min_ratio
     assert limit is not None
-    if not (found.reference > 0 and found.candidate > 0 and all(map(math.isfinite, found.ratio))):
+    if not (found.reference > 0 and found.candidate > 0) or any(map(math.isnan, found.ratio)):
         return missing(name, f"{how.name}'s ratio to the {reference}", "the metric is not positive", gate)
     value, (low, high) = found.candidate / found.reference, found.ratio
     if not how.higher_is_better:
@@ -117,9 +128,10 @@ def ratio(found: Comparison, how: Metric, reference: str, gate: Gate) -> Rule:
     text = texts([value, *ends, limit], 4)
     sentence = (
         f"{how.name} is {text[0]} of the {reference}'s "
-        f"({percent(gate.confidence)} interval {text[1]} to {text[2]}), at least {text[3]}"
+        f"({span(gate, found.ratio, text[1:3])}), at least {text[3]}"
     )
-    return Rule(name, ends[0] > limit, sentence, value, limit, ends, bound(True, "metric ratio"))
+    shown = ends if found.bounded else None
+    return Rule(name, ends[0] > limit, sentence, value, limit, shown, bound(True, "metric ratio"))
 
 
 def sensitivity(
@@ -129,8 +141,10 @@ def sensitivity(
 
     What they can tell is an estimate and stated as its interval. A set of which all of it is above what is
     allowed is too coarse: chance decides, and a pass does not count. Where the limit lies within, coarseness
-    explains a refusal and leaves a pass alone.
+    explains a refusal and leaves a pass alone. A set whose interval has no bounds is always too coarse.
     """
+    if not found.bounded:
+        return _unbounded(name, rows, found, how, allowed, gate)
     value, ends = found.detectable
     worst = found.difference[0] if how.higher_is_better else -found.difference[1]
     coarse = ends[0] > allowed or (value > allowed and worst <= -allowed)
@@ -141,12 +155,28 @@ def sensitivity(
         f"allowed {text[2]}"
     )
     if coarse:
-        warning = " (warning)" if gate.on_coarse == "warn" else ""
-        sentence += f": too coarse, take more examples or allow more{warning}"
+        sentence += f": too coarse, take more examples or allow more{_warning(gate)}"
     elif value > allowed:
         sentence += ": hardly fine enough"
     passed = not coarse or gate.on_coarse == "warn"
     return Rule(name, passed, sentence, value, allowed, ends, {"examples": rows[0], "coarse": coarse})
+
+
+def _unbounded(
+    name: str, rows: tuple[int, str], found: Comparison, how: Metric, allowed: float, gate: Gate
+) -> Rule:
+    rare = found.facts.get("rarest")
+    cure = f"of which only {rare[1]} are of class {rare[0]!r}: take more of these" if rare else "take more"
+    sentence = (
+        f"{rows[0]} {rows[1]} can tell no drop of {how.name} from noise: too coarse, it is undefined on some "
+        f"random samples of them, {cure}, or another metric{_warning(gate)}"
+    )
+    facts = {"examples": rows[0], "coarse": True}
+    return Rule(name, gate.on_coarse == "warn", sentence, None, allowed, None, facts)
+
+
+def _warning(gate: Gate) -> str:
+    return " (warning)" if gate.on_coarse == "warn" else ""
 
 
 def floors(measurements: Measurements, gate: Gate, seed: int) -> Iterator[Rule]:
@@ -185,14 +215,17 @@ def floor(
             gate.confidence,
             seed,
         )
+    if not math.isfinite(value):
+        return missing(name, what, UNDEFINED, gate)
     passed = ends[0] >= limit if how.higher_is_better else ends[1] <= limit
     text = texts([value, *ends, limit], 3)
     facts = {**bound(how.higher_is_better, "value"), "examples": len(rows)}
     sentence = (
         f"{what} is {text[0]} on {len(rows)} examples "
-        f"({percent(gate.confidence)} interval {text[1]} to {text[2]}), {facts['bound']} {text[3]}"
+        f"({span(gate, ends, text[1:3])}), {facts['bound']} {text[3]}"
     )
-    return Rule(name, passed, sentence, value, limit, ends, facts)
+    shown = ends if all(map(math.isfinite, ends)) else None
+    return Rule(name, passed, sentence, value, limit, shown, facts)
 
 
 def compare(measurements: Measurements, reference: str, how: Metric, gate: Gate, seed: int) -> Comparison:
@@ -204,12 +237,22 @@ def compare(measurements: Measurements, reference: str, how: Metric, gate: Gate,
     values = [partial(_value, measurements, name, how) for name in (CANDIDATE, reference)]
     changed = np.asarray(ours.predictions) != np.asarray(theirs.predictions)
     count, differing = len(changed), int(changed.reshape(len(changed), -1).any(axis=1).sum())
-    return statistics.compare_statistic(values[0], values[1], count, differing, gate.confidence, seed)
+    found = statistics.compare_statistic(values[0], values[1], count, differing, gate.confidence, seed)
+    if found.bounded or how.takes not in ("label", "probability"):
+        return found
+    return replace(found, facts={**found.facts, "rarest": _rarest(measurements)})
+
+
+def _rarest(measurements: Measurements) -> tuple[Any, int]:
+    """The class of fewest examples and their number."""
+    classes, counts = np.unique(np.asarray(measurements.references), return_counts=True)
+    rare, labels = classes[counts.argmin()].item(), dict(enumerate(measurements.facts.get("labels", ())))
+    return labels.get(rare, rare), int(counts.min())
 
 
 def _value(measurements: Measurements, engine: str, how: Metric, rows: Any) -> float:
     predictions = np.asarray(measurements.engines[engine].predictions)
     try:
         return how.value(predictions[rows], np.asarray(measurements.references)[rows])
-    except (TypeError, ValueError) as problem:
+    except (TypeError, ValueError, ZeroDivisionError) as problem:
         raise InputError(f"metric {how.name!r} does not fit these predictions: {problem}") from problem

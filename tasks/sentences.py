@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from math import isclose
+from math import isclose, isfinite
 from typing import Any
 
 from recipes.gate import Gate
@@ -30,6 +30,12 @@ def bound(least: bool, unit: str) -> dict[str, Any]:
 def percent(confidence: float) -> str:
     """0.95 as 95 %."""
     return f"{100 * confidence:g} %"
+
+
+def span(gate: Gate, ends: tuple[float, float], told: list[str]) -> str:
+    """An interval in words; `told` are its ends as the sentence writes them."""
+    words = " to ".join(told) if all(map(isfinite, ends)) else "without bounds"
+    return f"{percent(gate.confidence)} interval {words}"
 
 
 def texts(values: list[float], digits: int = 1) -> list[str]:

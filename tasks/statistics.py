@@ -7,6 +7,7 @@ measured error rates. Seeds are given, so the same measurements give the same nu
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from tasks.errors import InputError
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Ends = tuple[float, float]
+UNBOUNDED: Ends = (-math.inf, math.inf)
 DRAWS = 2000
 CHUNK = 2_000_000  # resampled values held at once
 
@@ -111,10 +115,25 @@ def effective(values: Array) -> float:
 def bootstrap_statistic(
     statistic: Callable[[Any], float], n: int, confidence: float, seed: int, draws: int = 1000
 ) -> tuple[Ends, float]:
-    """Percentile bootstrap of `statistic(rows)` over `n` examples, and its standard error."""
+    """Percentile bootstrap of `statistic(rows)` over `n` examples, and its standard error.
+
+    Where a draw leaves it undefined (none of a rare class is in it), both are infinite: what so few examples
+    carry is not known.
+    """
     generator = np.random.default_rng(seed)
-    values = np.array([statistic(generator.integers(0, n, size=n)) for _ in range(draws)])
+    with warnings.catch_warnings(action="ignore"):  # scikit-learn's, once for every such draw
+        values = np.array([_drawn(statistic, generator.integers(0, n, size=n)) for _ in range(draws)])
+    if not np.isfinite(values).all():
+        return UNBOUNDED, math.inf
     return _percentiles(values, confidence), float(values.std(ddof=1))
+
+
+def _drawn(statistic: Callable[[Any], float], rows: Any) -> float:
+    """NaN where the metric refuses these rows: on all of them it has a value, or the caller is told."""
+    try:
+        return statistic(rows)
+    except InputError:
+        return math.nan
 
 
 def nothing_differs(estimate: float, n: int, span: float, confidence: float) -> Ends:
@@ -135,8 +154,11 @@ def statistic_interval(
     statistic: Callable[[Any], float], n: int, confidence: float, seed: int
 ) -> tuple[float, Ends]:
     """`statistic` of all rows and its interval."""
-    ends, _ = bootstrap_statistic(statistic, n, confidence, seed)
-    return statistic(np.arange(n)), ends
+    value = statistic(np.arange(n))
+    ends, error = bootstrap_statistic(statistic, n, confidence, seed)
+    if _beyond_rounding(error, value) == 0:
+        ends = nothing_differs(value, n, max(1.0, abs(value)), confidence)
+    return value, ends
 
 
 def smallest_drop_counts(disagree: int, n: int, confidence: float) -> tuple[float, Ends]:
@@ -187,7 +209,12 @@ def bootstrap_rounds(candidate: Array, reference: Array, confidence: float, seed
 
 def _standard_error(values: Array) -> float:
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-    return error if error > 1e-12 * max(1.0, abs(float(values.mean()))) else 0.0
+    return _beyond_rounding(error, float(values.mean()))
+
+
+def _beyond_rounding(error: float, size: float) -> float:
+    """The error, or 0 where it is no more than what summing numbers of this size leaves."""
+    return error if error > 1e-12 * max(1.0, abs(size)) else 0.0
 
 
 def _expanded(confidence: float, n: float) -> float:
@@ -196,7 +223,7 @@ def _expanded(confidence: float, n: float) -> float:
 
 
 def _percentiles(values: Array, confidence: float) -> Ends:
-    low, high = np.quantile(values[np.isfinite(values)], [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -219,6 +246,11 @@ class Comparison:
     ratio: Ends
     detectable: tuple[float, Ends]
     facts: dict[str, Any]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether these examples bound the difference at all."""
+        return all(map(math.isfinite, (*self.difference, *self.detectable[1])))
 
 
 def compare_scores(candidate: Array, reference: Array, confidence: float, seed: int) -> Comparison:
@@ -267,6 +299,7 @@ def compare_statistic(
     now, base = candidate(rows), reference(rows)
     wide = _expanded(confidence, max(2, differing))
     ends, error = bootstrap_statistic(lambda rows: candidate(rows) - reference(rows), n, wide, seed)
+    error = _beyond_rounding(error, base)
     if error == 0:
         ends = nothing_differs(now - base, n, max(1.0, abs(base)), confidence)
     detectable = smallest_drop(now - base, ends, error, 2 * max(1, differing), confidence)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -237,6 +239,73 @@ def test_a_metric_of_the_whole_set_and_its_floor() -> None:
     verdict = judge(found, Gate(metric="f1", max_drop=0.08, floors={"half": {"a": 0.8, "b": 0.99}}))
     names = ("f1_vs_baseline", "f1_sensitivity_vs_baseline", "floor_half_a", "floor_half_b")
     assert [rule(verdict, name).passed for name in names] == [True, True, True, False]
+
+
+AREA = """
+import numpy as np
+
+def area(predictions, references):
+    scores, positive = np.asarray(predictions)[:, 1], np.asarray(references) == 1
+    if positive.all() or not positive.any():
+        return undefined()
+    above = (scores[positive][:, None] > scores[~positive]).mean()
+    return above + (scores[positive][:, None] == scores[~positive]).mean() / 2
+
+area.takes, area.points = "probability", True
+"""
+
+
+@pytest.fixture(params=["float('nan')", "int('no score')", "1 // 0"])
+def area(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An area under the curve that one class alone leaves undefined, as scikit-learn's several ways do."""
+    (tmp_path / "own_area.py").write_text(f"{AREA}\ndef undefined():\n    return {request.param}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "python:own_area:area"
+    sys.modules.pop("own_area", None)
+
+
+def ranked(name: str, positives: int, n: int, noise: float = 0.0) -> Measurements:
+    """Two engines that rank like noise lets them; without any both separate the classes wholly."""
+    truth, generator = (np.arange(n) < positives).astype(int), np.random.default_rng(1)
+    engines = {}
+    for engine in ("candidate", "baseline"):
+        second = 0.1 + 0.8 * truth + noise * generator.standard_normal(n)
+        engines[engine] = Measured("executed", predictions=np.stack([1 - second, second], axis=1))
+    return Measurements(name, engines, references=truth, facts={"labels": ["common", "rare"]})
+
+
+@pytest.mark.parametrize("on_coarse", ["refuse", "warn"])
+def test_too_few_of_a_class_to_resample_pass_nothing_and_say_so(area: str, on_coarse: Any) -> None:
+    section = Gate(metric=area, max_drop=0.5, min_ratio=0.1, on_coarse=on_coarse)
+    verdict = judge(ranked(area, 4, 200, noise=0.3), section)
+    word = "python_own_area_area"
+    assert [(rule.name, rule.passed) for rule in verdict.rules[1:]] == [
+        (f"{word}_vs_baseline", False),
+        (f"{word}_ratio_vs_baseline", False),
+        (f"{word}_sensitivity_vs_baseline", on_coarse == "warn"),
+    ]
+    assert "interval without bounds" in verdict.rules[1].sentence
+    assert verdict.rules[3].sentence.startswith(
+        f"200 examples can tell no drop of {area} from noise: too coarse, it is undefined on some random "
+        "samples of them, of which only 4 are of class 'rare': take more of these, or another metric"
+    )
+    assert verdict_from_bytes(verdict_bytes(verdict)).rules[3] == verdict.rules[3]
+
+
+@pytest.mark.parametrize("area", ["float('nan')"], indirect=True)
+def test_enough_of_each_class_are_judged_as_ever(area: str) -> None:
+    found = rule(
+        judge(ranked(area, 60, 200), Gate(metric=area, max_drop=0.05)), "python_own_area_area_vs_baseline"
+    )
+    assert found.passed
+    assert found.interval == pytest.approx((-0.0189, 0.0189), abs=1e-3)
+
+
+@pytest.mark.parametrize("area", ["float('nan')"], indirect=True)
+def test_a_metric_without_a_value_is_missing(area: str) -> None:
+    found = replace(ranked(area, 0, 50), slices={"file": ["x"] * 50})
+    verdict = judge(found, Gate(metric=area, max_drop=0.5, floors={"file": {"x": 0.1}}))
+    assert [reason.split(": ", 1)[1][:20] for reason in verdict.reasons] == ["it has no finite val"] * 2
 
 
 def test_floors_look_at_their_slice_alone() -> None:

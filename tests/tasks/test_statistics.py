@@ -172,6 +172,33 @@ def test_a_statistic_that_never_changes_keeps_a_width() -> None:
     assert found.detectable[0] > 0
 
 
+def test_a_difference_within_rounding_is_none() -> None:
+    noise = np.random.default_rng(0).choice([-1.1e-16, 0.0, 1.1e-16], 20)
+    found = statistics.compare_statistic(
+        lambda rows: 1 + noise[rows].sum(), lambda rows: 1.0, 20, 20, 0.95, 0
+    )
+    assert found.difference == pytest.approx(statistics.nothing_differs(0.0, 20, 1.0, 0.95))
+    assert found.detectable[0] > 0.1
+
+
+def test_one_draw_that_is_undefined_leaves_no_bounds() -> None:
+    def share(rows: np.ndarray) -> float:
+        return float((rows == 0).mean()) if (rows < 5).any() else float("nan")
+
+    ends, error = statistics.bootstrap_statistic(share, 2000, 0.95, 0)
+    assert ends == (-np.inf, np.inf)
+    assert error == np.inf
+    found = statistics.compare_statistic(share, lambda rows: 0.0, 2000, 2000, 0.95, 0)
+    assert not found.bounded
+    assert found.detectable == (np.inf, (np.inf, np.inf))
+
+
+def test_a_statistic_of_a_slice_that_never_changes_keeps_a_width() -> None:
+    value, ends = statistics.statistic_interval(lambda rows: 1.0, 5, 0.95, 0)
+    assert value == 1.0
+    assert ends[0] < 0.7
+
+
 def test_few_differences_are_not_overconfident() -> None:
     values = np.zeros(1000)
     values[:6] = -1.0
