@@ -49,8 +49,9 @@ def judge(attempt: Attempt) -> Outcome:
 
     # 2. Nothing new: the champion is this engine, by this recipe. An alias moved by hand is seen to first.
     agree(recipe.model.name)
-    champion = registry.champion(recipe.model.name)
-    if champion and registry.made_by(champion, recipe, candidate):
+    champion, own = registry.champion(recipe.model.name), metric_code(recipe)
+    attempt = replace(attempt, found=attempt.found | ({"metric": own} if own else {}))
+    if champion and registry.made_by(champion, recipe, candidate, own):
         return unchanged(attempt, champion)
 
     # 3. The champion is measured again, now, on this data and this machine.
@@ -72,7 +73,9 @@ def judge(attempt: Attempt) -> Outcome:
         previous = forgetting(champion, judged["champion"], attempt)
 
     # 5. Judge, register, promote, deploy.
-    verdict, measurements = decide(judged, scores, timing, attempt.dataset, recipe.gate, unmeasured, previous)
+    verdict, measurements = decide(
+        judged, scores, timing, attempt.dataset, recipe.gate, own, unmeasured, previous
+    )
     attempt = replace(
         attempt,
         engines=attempt.engines | judged,
@@ -114,14 +117,19 @@ def score(
 ) -> dict[str, Metrics]:
     """The recipe's metric of each engine over the held-out rows."""
     recipe = attempt.recipe
-    metric, here = recipe.gate.metric, machine(recipe.build.runtime)
-    own = fingerprint(metric) if metric.startswith("python:") else ""
+    metric, own, here = recipe.gate.metric, metric_code(recipe), machine(recipe.build.runtime)
     compared = types.load(recipe.task).REFERENCES == "baseline"
     baseline = attempt.engines["baseline"] if compared else None
     return {
         name: evaluate(engine, onnx.get(name), data, metric, own, here, baseline)
         for name, engine in engines.items()
     }
+
+
+def metric_code(recipe: Recipe) -> str:
+    """The fingerprint of a metric of the user's own; nothing for one of ours."""
+    metric = recipe.gate.metric
+    return fingerprint(metric) if metric.startswith("python:") else ""
 
 
 def measurable(champion: registry.Champion, attempt: Attempt) -> tuple[Engine | None, str | None]:

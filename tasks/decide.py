@@ -24,13 +24,15 @@ def decide(
     timing: Metrics,
     dataset: Dataset,
     section: Gate,
+    content: str,
     unmeasured: str | None,
     previous: dict[str, Metrics] | None = None,
 ) -> tuple[Verdict, Metrics]:
     """The verdict, and the measurements it can be recomputed from (`measurements.json`, `verdict.json`).
 
-    `unmeasured` says why a champion that there is could not be measured; `previous` has the metric of
-    candidate and champion on the champion's own held-out rows, for `max_forgetting`.
+    `content` is the fingerprint of a metric of the user's own; `unmeasured` says why a champion that there
+    is could not be measured; `previous` has the metric of candidate and champion on the champion's own
+    held-out rows, for `max_forgetting`.
     """
     found = measurements(engines, scores, timing, dataset, section.metric, unmeasured, previous)
     verdict = judge(found, section)

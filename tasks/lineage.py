@@ -57,7 +57,7 @@ def parsed(version: Version) -> Recipe:
 
 
 def found(version: Version) -> dict[str, str]:
-    """What data and starting weights were, as digests."""
+    """What data, starting weights and a metric function of the user's own were, as digests."""
     digests: dict[str, str] = manifest(version).get("found", {})
     return digests
 

@@ -6,8 +6,6 @@ python -m flows optimize RECIPE     (stages `load data` and `load model`)
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.data import Data, Split
 from recipes.schema import Model
-from tasks import checkpoints, columns, query, store, types
+from tasks import checkpoints, columns, own_code, query, store, types
 from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
 from tasks.read import locate, parquet, table_of
@@ -26,20 +24,15 @@ if TYPE_CHECKING:
 
 
 def fingerprint(source: str, revision: str | None = None, repository: str = "model") -> str:
-    """What the source holds now, as one digest: a file's content, a package's, a hub revision's commit."""
+    """What the source holds now, as one digest: a file's content, a module's with those of the user's own
+    that it imports, a package's, a hub revision's commit."""
     kind, _, rest = source.partition(":")
     if kind == "hub":
         from huggingface_hub import HfApi
 
         return str(HfApi().repo_info(rest, revision=revision, repo_type=repository).sha)
     if kind == "python":
-        try:
-            module = importlib.util.find_spec(rest.partition(":")[0])
-        except ModuleNotFoundError:
-            module = None
-        if module is None or module.origin is None:
-            raise InputError(f"{source}: no module {rest.partition(':')[0]} here")
-        return store.file_digest(Path(module.origin))
+        return own_code.digest(rest.partition(":")[0])
     place = locate(source)
     return store.digest(place) if place.is_dir() else store.file_digest(place)
 

@@ -33,7 +33,7 @@ class Attempt:
     onnx: dict[str, OnnxModel]
     engines: dict[str, Engine]
     found: dict[str, str] = field(default_factory=dict)
-    """What data and starting weights were, as digests: what a retrain compares with."""
+    """What data, starting weights and a metric function of the user's own were, as digests."""
     retrained: Facts | None = None
     """Of a retrain: from which version, refitted or built and why, with the seconds of both."""
     teacher_run: str | None = None

@@ -39,11 +39,14 @@ __all__ = ["CHAMPION", "client", "promote"]  # and what is defined here
 
 @dataclass(frozen=True)
 class Champion:
-    """The version that carries the alias, its engine, and the digest of the recipe that made it."""
+    """The version that carries the alias, its engine, and the digests of the recipe that made it and of a
+    metric function of the user's own that judged it.
+    """
 
     version: Version
     engine: Engine
     recipe: str
+    metric: str
 
 
 @task(name="find champion", persist_result=False, **NETWORK)
@@ -55,15 +58,14 @@ def champion(model: str) -> Champion | None:
         return None
     with store.staging() as folder:
         source = fetch(f"models:/{model}/{version.version}", folder / "download")
-        return Champion(
-            version_of(version, model), unpack(source, folder), version.tags.get("recipe_sha256", "")
-        )
+        digests = (version.tags.get(name, "") for name in ("recipe_sha256", "metric_content"))
+        return Champion(version_of(version, model), unpack(source, folder), *digests)
 
 
-def made_by(champion: Champion, recipe: Recipe, engine: Engine) -> bool:
-    """Whether the champion is this engine, from this very recipe, and passed its gate."""
-    passed = champion.version.gate == "passed"
-    return passed and same_engine(champion.engine, engine) and champion.recipe == _recipe_digest(recipe)
+def made_by(champion: Champion, recipe: Recipe, engine: Engine, metric: str) -> bool:
+    """Whether the champion is this engine, from this very recipe, and passed its gate by this metric."""
+    passed = champion.version.gate == "passed" and same_engine(champion.engine, engine)
+    return passed and (champion.recipe, champion.metric) == (_recipe_digest(recipe), metric)
 
 
 def same_engine(one: Engine, other: Engine) -> bool:

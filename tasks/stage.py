@@ -164,6 +164,12 @@ def cache_key(fn: Callable[..., Any], uses: tuple[str, ...], inputs: dict[str, A
 @functools.cache
 def source_digest(file: Path) -> str:
     """Digest of a module's source and of every `tasks` and `recipes` module it imports, however deep."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources(file)))).hexdigest()
+
+
+@functools.cache
+def sources(file: Path) -> frozenset[Path]:
+    """The module's file and those of every `tasks` and `recipes` module it imports, however deep."""
     machinery = Path(__file__).resolve()  # how a stage is kept says nothing of what it computes
     seen: set[Path] = {machinery}
     waiting = [file.resolve()]
@@ -172,8 +178,7 @@ def source_digest(file: Path) -> str:
         if current not in seen:
             seen.add(current)
             waiting += _imports(current)
-    seen.discard(machinery)
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(seen))).hexdigest()
+    return frozenset(seen - {machinery})
 
 
 def _imports(file: Path) -> list[Path]:
@@ -204,10 +209,10 @@ def _identity(value: Any) -> Any:
     if isinstance(value, Blob):
         return value.sha256
     if is_dataclass(value) and not isinstance(value, type):
-        blob = getattr(value, "blob", None)
-        if isinstance(blob, Blob):
-            return blob.sha256
-        return {name: _identity(getattr(value, name)) for name in value.__dataclass_fields__}
+        # An artifact's facts say how it came about; what is in it is its blob and its other fields.
+        told = {"facts"} if hasattr(value, "blob") else set()
+        names = value.__dataclass_fields__.keys() - told
+        return {name: _identity(getattr(value, name)) for name in names}
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     if isinstance(value, dict):

@@ -115,6 +115,27 @@ def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: 
     assert changed.version.alias is None
 
 
+def test_an_edited_metric_function_is_judged_again(
+    digits: Outcome, optimize: Optimize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def judged(value: float) -> tuple[Outcome, set[str]]:
+        (tmp_path / "own_metric.py").write_text(f"def score(predictions, references):\n    return {value}\n")
+        sys.modules.pop("own_metric", None)
+        found = optimize(QUICK, "gate.metric=python:own_metric:score", "model.name=digits-own-metric")
+        return found, {timing.stage for timing in found.attempt.timeline if not timing.reused}
+
+    first, fresh = judged(0.5)
+    assert {"evaluate", "gate"} <= fresh
+    again, fresh = judged(0.5)
+    assert (again.version, fresh) == (first.version, set())
+    edited, fresh = judged(0.75)
+    assert fresh == {"evaluate", "gate"}
+    assert "python:own_metric:score" in edited.attempt.verdict.rules[1].sentence
+    assert edited.attempt.verdict.rules[1].facts["candidate"] == 0.75
+
+
 def test_a_refused_candidate_is_logged_and_gets_no_alias(digits: Outcome, optimize: Optimize) -> None:
     refused = optimize(QUICK, "gate.max_size_ratio=0.01")
     assert refused.verdict == "refused"

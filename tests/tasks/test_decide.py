@@ -45,7 +45,7 @@ def test_the_previous_rows_are_judged_and_logged(image: Any) -> None:
     engines, scores = {name: engine(name) for name in names}, {name: scored(labels, 3) for name in names}
     previous = {"candidate": scored(earlier, 40), "champion": scored(earlier, 4)}
     section = Gate(max_drop=0.05, max_forgetting=0.08)
-    verdict, logged = decide.fn(engines, scores, timed(names), dataset, section, None, previous)
+    verdict, logged = decide.fn(engines, scores, timed(names), dataset, section, "", None, previous)
     assert [rule.name for rule in verdict.rules if not rule.passed] == ["forgetting"]
     assert "fell 9.0 points against the champion" in verdict.reasons[0]
     assert logged.blob is not None
@@ -54,5 +54,22 @@ def test_the_previous_rows_are_judged_and_logged(image: Any) -> None:
     assert found is not None
     assert found.references == earlier
     assert sum(found.engines["candidate"].scores or ()) == 360
-    without, _ = decide.fn(engines, scores, timed(names), dataset, section, None)
+    without, _ = decide.fn(engines, scores, timed(names), dataset, section, "", None)
     assert "they were not measured" in without.reasons[0]
+
+
+def test_a_corrected_metric_function_is_judged_again() -> None:
+    """Its predictions, and so the file that holds them, are the same as before."""
+    blob, data = (
+        Blob("a" * 64, 3),
+        Dataset(Blob("b" * 64, 3), "text-classification", ("no", "yes"), {"test": 2}),
+    )
+    engines, timing = {"candidate": engine("candidate")}, Metrics({"candidate_peak_memory": 1.0}, blob)
+    section = Gate(metric="python:mine:score", max_drop=0.1)
+
+    def key(value: float, content: str, parity: float = 1.0) -> str:
+        scores = {"candidate": Metrics({section.metric: value, "parity": parity}, blob)}
+        return decide.key(engines, scores, timing, data, section, content, None)
+
+    assert key(0.5, "before") == key(0.5, "before") != key(0.5, "after")
+    assert key(0.5, "before") != key(0.6, "before") != key(0.6, "before", parity=0.9)

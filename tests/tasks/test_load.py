@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,60 @@ def test_a_tokenizer_trained_again_in_its_place_is_another_network(tmp_path: Pat
     (tmp_path / "tokenizer/tokenizer.json").write_text('{"model": {}}')
     assert key() != before
     assert load.tokenizer(own.model_copy(update={"tokenizer": None})) == ""
+
+
+OWN = {
+    "mine/__init__.py": "",
+    "mine/score.py": "import json, beside\nfrom recipes.loader import RecipeError\nfrom .parts import table",
+    "mine/parts/__init__.py": "",
+    "mine/parts/table.py": "from mine import deep",
+    "mine/deep.py": "",
+    "mine/apart.py": "",
+    "beside.py": "",
+}
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of the user's, and what lies beside it."""
+    for name, text in OWN.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("mine/score.py", True),
+        ("mine/parts/__init__.py", True),
+        ("mine/parts/table.py", True),
+        ("mine/deep.py", True),
+        ("beside.py", True),
+        ("mine/apart.py", False),
+    ],
+)
+def test_a_function_s_fingerprint_follows_what_its_module_imports(
+    own_code: Path, file: str, counts: bool
+) -> None:
+    before = load.fingerprint("python:mine.score:f")
+    assert load.fingerprint("python:mine.score:g") == before
+    (own_code / file).write_text(f"{OWN[file]}\n# edited")
+    assert (load.fingerprint("python:mine.score:f") != before) is counts
+
+
+def test_a_module_that_cannot_be_read_or_found_is_told(own_code: Path) -> None:
+    (own_code / "mine" / "deep.py").write_text("def broken(")
+    with pytest.raises(InputError, match=r"deep\.py: not Python"):
+        load.fingerprint("python:mine.score:f")
+    for name in ("mine.none", "sys", ""):
+        with pytest.raises(InputError, match="no module"):
+            load.fingerprint(f"python:{name}:f")
+
+
+def test_of_an_installed_module_its_own_file_counts() -> None:
+    assert load.fingerprint("python:statistics:fmean") == load.fingerprint("python:statistics:mean")
+    assert load.fingerprint("python:recipes.digits_cnn:build") != load.fingerprint("python:statistics:mean")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from prefect.context import TaskRunContext
 from recipes.schema import Benchmark
 from tasks import stage as stages
 from tasks import store
-from tasks.artifacts import Blob, Checkpoint, Engine, Plan
+from tasks.artifacts import Blob, Checkpoint, Dataset, Engine, Metrics, OnnxModel, Plan
 from tasks.engines import tensorrt_api
 from tasks.stage import cache_key, source_digest
 
@@ -33,6 +34,16 @@ def test_a_key_follows_content_and_nothing_else() -> None:
     assert key({"x": blob}) != key({"y": blob})
     plan = Plan(blob, "g", "onnxruntime", "1", "cpu")
     assert key(Engine(plan, None, blob, "int8", "built")) != key(Engine(plan, other, blob, "int8", "built"))
+
+
+def test_what_stands_beside_an_artifact_s_file_counts_but_not_how_it_came_about() -> None:
+    blob = Blob("a" * 64, 3)
+    rows = Dataset(blob, "text-classification", ("no", "yes"), {"test": 2}, {"source": "path:here"})
+    assert key(rows) == key(replace(rows, facts={"source": "path:moved"}))
+    assert key(rows) != key(replace(rows, labels=("yes", "no")))
+    assert key(Metrics({"parity": 0.9}, blob)) == key(Metrics({"parity": 0.9}, blob, {"load": 1}))
+    assert key(Metrics({"parity": 0.9}, blob)) != key(Metrics({"parity": 0.8}, blob))
+    assert key(OnnxModel(blob, "fp32")) != key(OnnxModel(blob, "int8"))
 
 
 def test_a_checkpoint_counts_by_config_and_weights() -> None:
