@@ -44,10 +44,11 @@ def _retrain(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    store.prepare()
+    store.prepare(room=False)
     from flows.prune import prune, table
 
-    print(table(prune(options.delete, options.days), options.delete))
+    run = prune.fn if store.full() else prune  # Prefect would write of it in its database
+    print(table(run(options.delete, options.days), options.delete))
     return 0
 
 

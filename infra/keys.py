@@ -23,11 +23,16 @@ MADE: dict[str, Callable[[], str]] = {
 }
 
 
+def root() -> Path:
+    """Where the services keep process records, logs and secrets, be it made or not."""
+    return store.home() / "services"
+
+
 def folder() -> Path:
-    """Where the services keep process records, logs and secrets; for this user alone."""
-    place = store.prepare() / "services"
-    place.mkdir(mode=0o700, exist_ok=True)
-    return place
+    """That folder, made for this user alone; raises InputError as `store.prepare` does."""
+    store.prepare()
+    root().mkdir(mode=0o700, exist_ok=True)
+    return root()
 
 
 def load(chosen: Mapping[str, str], remember: bool) -> dict[str, str]:

@@ -27,13 +27,15 @@ PIPELINE = "pipeline"
 GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # not there, as against not answering
 
 
-def client() -> MlflowClient:
-    """MLflow's client, on MLFLOW_TRACKING_URI or else on SQLite below the state folder."""
+def client(room: bool = True) -> MlflowClient:
+    """MLflow's client, on MLFLOW_TRACKING_URI or else on SQLite below the state folder, which must have room
+    unless told otherwise.
+    """
     import mlflow
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
-        store.prepare()
+        store.prepare(room)
         uri = default_uri()
     mlflow.set_tracking_uri(uri)
     read_our_servers_artifacts()

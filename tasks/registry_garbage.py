@@ -23,7 +23,7 @@ def references() -> set[str]:
 
     Raises InputError where a manifest cannot be read now: what it names must stay.
     """
-    mlflow = client()
+    mlflow = client(room=False)
     found = {digest for run_id in ledger.runs() for digest in _digests(run_id)}
     for experiment in mlflow.search_experiments():
         if experiment.name == EXPERIMENT:
@@ -56,7 +56,7 @@ def _gone(run_id: str) -> bool:
     """
     from mlflow.exceptions import MlflowException
 
-    mlflow = client()
+    mlflow = client(room=False)
     try:
         made = mlflow.get_run(run_id)
         files = {file.path for file in mlflow.list_artifacts(run_id)}
@@ -70,7 +70,7 @@ def _gone(run_id: str) -> bool:
 
 def unreferenced(referenced: set[str], before: float) -> dict[str, int]:
     """Runs that hold a shared blob which nothing refers to, made before a time (s), and their bytes."""
-    mlflow = client()
+    mlflow = client(room=False)
     found = {}
     for experiment in mlflow.search_experiments():
         kind = experiment.name.removeprefix(f"{EXPERIMENT}-").removesuffix("s")
@@ -87,7 +87,7 @@ def delete_shared(run_id: str) -> None:
     """Remove a run that held a shared blob, then its files: what `shared` finds by its digest has them."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    mlflow = client()
+    mlflow = client(room=False)
     files = get_artifact_repository(mlflow.get_run(run_id).info.artifact_uri)
     mlflow.delete_run(run_id)
     files.delete_artifacts()  # type: ignore[no-untyped-call]

@@ -37,11 +37,11 @@ def database() -> str:
     return f"sqlite:///{home() / 'mlflow.db'}"
 
 
-def prepare() -> Path:
-    """Make the state folder; raises InputError when it cannot be written or has next to no room."""
+def prepare(room: bool = True) -> Path:
+    """Make the state folder; raises InputError when it cannot be written or, asked for `room`, has none."""
     with explained(home()):
         home().mkdir(parents=True, exist_ok=True)
-        if full():
+        if room and full():
             raise OSError(errno.ENOSPC, "less than 64 MB are free", str(home()))
         with tempfile.TemporaryFile(dir=home()):
             return home()

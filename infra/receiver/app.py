@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -25,6 +26,9 @@ from infra.receiver.prefect import Away
 MOST = 4 << 20  # bytes of one request; a push of two thousand commits is about 3 MB
 SLOWEST = 10  # seconds for a request to arrive whole
 AGAIN = "5"  # seconds until a caller may try again
+PAUSE = 60.0  # seconds between two looks at the logs
+
+_log = logging.getLogger("uvicorn.error")
 
 
 def app() -> Starlette:
@@ -57,9 +61,17 @@ async def _housekeeping(_app: Starlette) -> AsyncIterator[None]:
 
 async def _bound_logs() -> None:
     while True:
-        for log in keys.folder().glob("*.log"):
+        bound_logs()
+        await asyncio.sleep(PAUSE)
+
+
+def bound_logs() -> None:
+    """Keep every service's log below its size; one that cannot be, on a full disk, is told of."""
+    for log in keys.root().glob("*.log"):
+        try:
             process.bound(log)
-        await asyncio.sleep(60)
+        except OSError as error:
+            _log.warning("%s could not be kept below its size: %s", log.name, error)
 
 
 class Bounded:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flows.__main__ import main
-from tasks import registry
+from tasks import registry, store
+from tasks.artifacts import Blob
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -134,6 +135,38 @@ def test_a_full_disk_is_told_in_words(tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path], check=True)
     assert done.returncode == 2
     assert "the disk is full" in told(done)
+
+
+@pytest.mark.slow
+def test_pruning_frees_a_full_disk_but_not_of_what_it_cannot_know(
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(store, "LEAST_FREE", 1 << 62)
+
+    def orphan() -> Blob:
+        with store.staging() as folder:
+            (folder / "orphan").write_text("nothing refers to this")
+            return store.commit(folder)
+
+    try:
+        assert main(["optimize", QUICK]) == 2
+        first = orphan()
+        assert main(["prune", "--days", "0", "--delete"]) == 0
+        assert not store.intact(first)
+        mlflow_client = registry.client(room=False)
+        run = mlflow_client.create_run(
+            mlflow_client.create_experiment("enginehouse"), tags={"gate": "passed"}
+        )
+        kept = orphan()
+        assert main(["prune", "--days", "0", "--delete"]) == 2
+        assert f"run {run.info.run_id}: its manifest cannot be fetched" in capsys.readouterr().err
+        assert store.intact(kept)
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def test_a_state_folder_that_cannot_be_written_is_told_in_words(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from starlette.testclient import TestClient
 
 from infra import process
 from infra.process import Command
+from infra.receiver import app
+from tasks import store
 
 SECRET = "key"
 # A child that does not listen to SIGTERM, as a library's might.
@@ -91,6 +94,26 @@ def test_another_environment_is_told_apart_and_given_away_by_nothing() -> None:
     assert process.told(one, SECRET) == process.told(command("", PASSWORD="one"), SECRET)
     assert process.told(one, SECRET) != process.told(two, SECRET)
     assert process.told(one, SECRET) != process.told(one, "another key")
+
+
+def test_the_receiver_keeps_bounding_logs_on_a_full_disk_and_past_one_that_fails(
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "LOG_MOST", 1000)
+    monkeypatch.setattr(store, "LEAST_FREE", 1 << 62)
+    monkeypatch.setattr(app, "PAUSE", 0.01)
+    services = fresh_home / "services"
+    (services / "broken.log.1").mkdir(parents=True)
+    (services / "broken.log").write_text("x" * 3000)
+    with TestClient(app.app()):
+        for name in ("one.log", "other.log", "one.log"):
+            log = services / name
+            log.write_text("x" * 3000)
+            deadline = time.monotonic() + 10
+            while log.stat().st_size >= 1000 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert log.stat().st_size == 0
+            assert (services / f"{name}.1").stat().st_size == 1000
 
 
 def test_a_log_stays_below_its_size_while_it_is_written(
