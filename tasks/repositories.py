@@ -10,13 +10,23 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tasks import store
 from tasks.errors import InputError
+
+SCP = re.compile(r"(?:[\w.-]+@)?([\w.-]+):(?!/)(.+)")  # git@host:owner/name.git
+
+
+class Place(NamedTuple):
+    """A repository on a git host: the host's address for browsers, and owner/name there."""
+
+    site: str
+    name: str
 
 
 class Repository(BaseModel):
@@ -30,6 +40,20 @@ class Repository(BaseModel):
     branches: tuple[str, ...] = Field(("main",), min_length=1)
     status: Literal["github", "gitea"] | None = None
     api: str | None = None
+
+    @model_validator(mode="after")
+    def _named_on_its_host(self) -> Self:
+        if self.status and not self.place:
+            raise ValueError(
+                f"status: {self.status} needs the repository's OWNER/NAME, which neither url nor also has; "
+                "add its address there to also: [https://HOST/OWNER/NAME]"
+            )
+        return self
+
+    @property
+    def place(self) -> Place | None:
+        """Where it is on its git host, by the first of `url` and `also` that says so; None by paths alone."""
+        return next(filter(None, map(_place, (self.url, *self.also))), None)
 
     def allows(self, branch: str) -> bool:
         """Whether pushes to the branch start runs; a pattern's `*` also matches slashes."""
@@ -77,11 +101,24 @@ def find(address: str) -> Repository:
     )
 
 
+def _place(address: str) -> Place | None:
+    """Where an address of a git host leads, ssh's by https; None for a path of this or another machine."""
+    parts, scp = urlsplit(address.strip()), SCP.fullmatch(address.strip())
+    host, path = (scp[1], scp[2]) if scp else (parts.netloc.rpartition("@")[2], parts.path)
+    found = re.fullmatch(r"/*(?:(.+)/)?([^/]+/[^/]+?)(?:\.git)?/*", path)
+    if not host or not found:
+        return None
+    above, name = found.groups()
+    if parts.scheme in ("http", "https"):
+        return Place(f"{parts.scheme}://{host}" + (f"/{above}" if above else ""), name)
+    ssh = scp or parts.scheme == "ssh"
+    return Place("https://" + re.sub(r":\d+$", "", host), name) if ssh and not above else None
+
+
 def _plain(address: str) -> str:
     """One spelling: without scheme, user, port of the scheme, `.git` and trailing slash; `host/path`."""
     text = re.sub(r"^file://", "", address.strip())
-    scp = re.fullmatch(r"(?:[\w.-]+@)?([\w.-]+):(?!/)(.+)", text)  # git@host:owner/name.git
-    if scp:
+    if scp := SCP.fullmatch(text):
         text = f"{scp[1]}/{scp[2]}"
     text = re.sub(r"^\w+://(?:[^/@]*@)?", "", text)
     return text.rstrip("/").removesuffix(".git").rstrip("/").lower()

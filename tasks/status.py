@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tasks.repositories import Repository
+from tasks.repositories import Place, Repository
 from tasks.stage import say
 
 State = Literal["pending", "success", "failure", "error"]
@@ -27,8 +27,8 @@ def tell(
     target: str | None = None,
 ) -> bool:
     """Post the status `enginehouse/RECIPE`; whether it arrived. A host that is away fails no run."""
-    secret = os.environ.get(variable(repository), "")
-    if repository.status is None or not secret:
+    secret = os.environ.get(variable(repository), "") if repository.status else ""
+    if not secret:
         return False
     content = {
         "state": state,
@@ -49,7 +49,7 @@ def tell(
         problem = f"HTTP {answer.status_code}"
         if answer.status_code < 500:
             break
-    say(f"the commit's status could not be told to {urlsplit(repository.url).hostname}: {problem}")
+    say(f"the commit's status could not be told to {urlsplit(_api(repository)).hostname}: {problem}")
     return False
 
 
@@ -62,18 +62,21 @@ def variable(repository: Repository) -> str:
 
 def address(repository: Repository, commit: str) -> str:
     """Where the host takes a commit's status."""
-    path = urlsplit(repository.url).path.strip("/").removesuffix(".git")
-    return f"{_api(repository)}/repos/{path}/statuses/{commit}"
+    return f"{_api(repository)}/repos/{_place(repository).name}/statuses/{commit}"
 
 
 def _api(repository: Repository) -> str:
-    parts = urlsplit(repository.url)
     if repository.api:
         return repository.api.rstrip("/")
-    if repository.status == "github" and parts.hostname == "github.com":
+    site = _place(repository).site
+    if repository.status == "github" and urlsplit(site).hostname in ("github.com", "ssh.github.com"):
         return "https://api.github.com"
-    version = "v3" if repository.status == "github" else "v1"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/api/{version}"
+    return f"{site}/api/{'v3' if repository.status == 'github' else 'v1'}"
+
+
+def _place(repository: Repository) -> Place:
+    assert repository.place, "with a status there is one"
+    return repository.place
 
 
 def _headers(repository: Repository, secret: str) -> dict[str, Any]:

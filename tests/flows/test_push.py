@@ -60,7 +60,7 @@ class Zoo:
         self.allow(branches=["main"])
 
     def allow(self, **entry: Any) -> None:
-        content = {"zoo": {"url": str(self.folder), **entry}}
+        content = {"zoo": {"url": str(self.folder), "also": ["git@git.example.org:me/zoo.git"], **entry}}
         (self.home / "services" / "repositories.yaml").write_text(yaml.safe_dump(content))
 
     def git(self, *arguments: str) -> str:
@@ -173,7 +173,7 @@ def test_how_it_ended_stands_on_the_commit(zoo: Zoo, recipe: str, state: str, to
     assert words in last["description"]
     assert len(last["description"]) <= 140
     assert last["context"] == f"enginehouse/{recipe}"
-    assert last["path"].endswith(f"/statuses/{commit}")
+    assert last["path"] == f"/api/v1/repos/me/zoo/statuses/{commit}"
     assert last["authorization"] == "token a-token"
     assert not list(zoo.folder.parent.rglob("pwned"))
 
