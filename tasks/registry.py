@@ -164,7 +164,8 @@ def judged(run_id: str) -> Judged:
     import mlflow
 
     client()
-    with tempfile.TemporaryDirectory() as scratch, _logged(f"run {run_id}: no verdict was logged here"):
+    missing = f"run {run_id}: no verdict was logged here"
+    with tempfile.TemporaryDirectory() as scratch, _logged(missing, run_id):
         numbers = json.loads(manifest_file(run_id).read_text())["metrics"]
         gate = Path(
             mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="gate", dst_path=scratch)
@@ -210,7 +211,7 @@ def recipe_of(run_id: str) -> Recipe:
     import mlflow
 
     client()
-    with _logged(f"run {run_id}"):
+    with _logged(f"run {run_id}", run_id):
         return Recipe.model_validate(
             yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{run_id}/recipe.yaml"))
         )
@@ -221,7 +222,7 @@ def manifest_of(run_id: str) -> dict[str, Any]:
     import mlflow
 
     client()
-    with _logged(f"run {run_id}"):
+    with _logged(f"run {run_id}", run_id):
         content: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/manifest.json"))
     return content
 
@@ -229,12 +230,12 @@ def manifest_of(run_id: str) -> dict[str, Any]:
 def checkpoint_digest(run_id: str) -> str:
     """The digest of the checkpoint that a run logged, as it lies in MLflow now."""
     client()
-    with store.staging() as folder, _logged(f"run {run_id}"):
+    with store.staging() as folder, _logged(f"run {run_id}", run_id):
         return store.digest(fetch(f"runs:/{run_id}/checkpoint", folder / "checkpoint"))
 
 
 @contextmanager
-def _logged(what: str) -> Iterator[None]:
+def _logged(what: str, run_id: str | None = None) -> Iterator[None]:
     """Say in words what is not in MLflow or not whole; that MLflow does not answer stays as it is."""
     from mlflow.exceptions import MlflowException
 
@@ -245,11 +246,26 @@ def _logged(what: str) -> Iterator[None]:
     except MlflowException as error:
         if error.error_code not in GONE:
             raise
+        if run_id and _listed(run_id, error.message):
+            raise MlflowException(f"{what}: MLflow has it and did not send it ({error.message})") from error
         raise InputError(f"{what}: an artifact is not in MLflow ({error.message})") from error
     except ValueError as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{what}: an artifact cannot be read ({error})") from error
+
+
+def _listed(run_id: str, message: str) -> bool:
+    """Whether the run has what the message names: to MLflow a file that was not sent is a missing one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        names = [file.path for file in client().list_artifacts(run_id)]
+    except MlflowException as error:
+        if error.error_code in GONE:
+            return False
+        raise
+    return any(repr(name) in message for name in names)
 
 
 def gate_report(run_id: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Pruning shared plans while MLflow has trouble: what cannot be told from garbage stays."""
+"""While MLflow has trouble: what cannot be told from garbage stays, what cannot be sent is no damage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
-from tasks import ledger, registry_alias, registry_engine, registry_garbage, store
+from tasks import ledger, registry, registry_alias, registry_engine, registry_garbage, store
 from tasks.artifacts import Blob
 from tasks.errors import InputError
 from tasks.prune import remove, survey
@@ -106,6 +107,20 @@ def test_a_plan_is_garbage_only_when_no_manifest_names_it(proxy: Proxy) -> None:
     (found,) = shared_garbage()
     registry_garbage.delete_shared(found)
     assert not shared_garbage()
+
+
+@pytest.mark.parametrize("trouble", [500, 503])
+def test_what_the_server_cannot_send_now_is_no_damage(proxy: Proxy, trouble: int) -> None:
+    """A version would lose its alias for it."""
+    run = whole_run(proxy, "{}")
+    assert registry.manifest_of(run) == {}
+    proxy.trouble = trouble
+    with pytest.raises(MlflowException, match="MLflow has it and did not send it"):
+        registry.manifest_of(run)
+    proxy.trouble = 0
+    (proxy.folder / "runs" / run / "artifacts" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="an artifact is not in MLflow"):
+        registry.manifest_of(run)
 
 
 @pytest.mark.parametrize("trouble", [500, 503, 404])
