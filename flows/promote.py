@@ -178,9 +178,9 @@ def _withdraw(model: str, champion: str | None) -> Agreement:
 def _serve(model: str, champion: str | None) -> Agreement:
     """Deploy the champion where this machine does not serve it yet and can."""
     nothing = Agreement(model, "nothing", champion)
-    if champion is None or _deployed_here(model, champion):
+    if champion is None or _deployed_here(registered := registry.registered(model, champion)):
         return nothing
-    run_id = registry.registered(model, champion).run_id
+    run_id = registered.run_id
     recipe = registry.recipe_of(run_id)
     if recipe.deploy is None or verify.elsewhere(registry.manifest_of(run_id)):
         return nothing
@@ -194,16 +194,22 @@ def _serve(model: str, champion: str | None) -> Agreement:
     return _switch(findings, recipe.deploy, "deployed")
 
 
-def _deployed_here(model: str, version: str) -> bool:
-    """Whether it serves on this machine, and the ledger says so."""
+def _deployed_here(registered: registry.Registered) -> bool:
+    """Whether this very engine serves on this machine, and the ledger says so."""
+    model, version = registered.model, registered.version
     deployed = [line for line in ledger.lines(model) if line.event == "deployed"]
-    here = [line.after for line in deployed if line.facts.get("place") == deploy.place()]
-    return here[-1:] == [version] and deploy.current(model) == version
+    here = [line for line in deployed if line.facts.get("place") == deploy.place()]
+    if not here or here[-1].after != version or deploy.current(model) != version:
+        return False
+    digests, told = verify.expected(registered), here[-1].facts.get("digests", {})
+    if any(told.get(name, digest) != digest for name, digest in digests.items()):
+        return False
+    return deploy.intact(model, version, digests)
 
 
 def _prepare(findings: Findings, section: Deploy | None) -> None:
     model, version = findings.registered.model, findings.registered.version
-    if section is None or deploy.intact(model, version):
+    if section is None or deploy.intact(model, version, findings.digests):
         return
     assert findings.recipe is not None
     assert findings.engine is not None
@@ -224,7 +230,7 @@ def _switch(findings: Findings, section: Deploy | None, action: Action) -> Agree
             done = deploy.switch(model, version, section)
         except deploy.Unfit as unfit:
             return _demote(findings, str(unfit))
-        if not (done.before == version and _deployed_here(model, version)):
+        if not (done.before == version and _deployed_here(findings.registered)):
             _record(findings, done, made.actor)
         tags["deployed"] = deploy.place()
         words += f"; deployed to {deploy.place()}"
@@ -241,8 +247,10 @@ def _record(findings: Findings, done: deploy.Switched, actor: str) -> None:
     facts: Facts = {"place": deploy.place(), "seconds": round(done.seconds, 3)}
     if findings.digests:
         facts["digests"] = findings.digests
-    model = findings.registered.model
-    ledger.append(model, "deployed", actor=actor, before=done.before, after=done.after, facts=facts)
+    model, run = findings.registered.model, findings.registered.run_id
+    ledger.append(
+        model, "deployed", actor=actor, before=done.before, after=done.after, run_id=run, facts=facts
+    )
 
 
 def _demote(findings: Findings, reason: str) -> Agreement:
@@ -296,9 +304,11 @@ def _earlier(model: str, known: Sequence[ledger.Line]) -> str:
 
 def _candidate(model: str, version: str, known: Sequence[ledger.Line]) -> Findings:
     """A version to roll back to: whole, and once champion, passed or overridden."""
-    if version in ledger.champions(known) and deploy.intact(model, version):
+    if version in ledger.champions(known):
         registered = registry.registered(model, version)
-        return Findings(registered, registry.recipe_of(registered.run_id), None, {}, ())
+        digests = verify.expected(registered)
+        if deploy.intact(model, version, digests):
+            return Findings(registered, registry.recipe_of(registered.run_id), None, digests, ())
     findings = verify.verify(model, version)
     trusted = version in ledger.champions(known) or ledger.override(known, version)
     problems = findings.damage + (() if trusted else verify.judgement(findings.registered))

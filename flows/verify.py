@@ -30,7 +30,7 @@ def report(address: str) -> tuple[list[str], bool]:
         told = f"{what} (override by {override.actor}: {override.reason})" if override else what
         checks.append((told, None if override else what))
     if version == alias:
-        checks += _agreement(model, version, known)
+        checks += _agreement(findings, known)
     lines = [f"  {'FAIL' if problem else 'pass'}  {words}" for words, problem in checks]
     return [f"{model} version {version}", *lines], not any(problem for _, problem in checks)
 
@@ -46,7 +46,8 @@ def _ledger(model: str, known: list[ledger.Line], findings: verify.Findings) -> 
     return checks
 
 
-def _agreement(model: str, version: str, known: list[ledger.Line]) -> list[Check]:
+def _agreement(findings: verify.Findings, known: list[ledger.Line]) -> list[Check]:
+    model, version = findings.registered.model, findings.registered.version
     champion, serving = ledger.champion(known), deploy.current(model)
     words = f"the ledger's champion is version {champion}, the alias is on version {version}"
     checks: list[Check] = [(words, None if champion == version else words)]
@@ -54,6 +55,6 @@ def _agreement(model: str, version: str, known: list[ledger.Line]) -> list[Check
         return [*checks, (f"nothing is deployed in {deploy.root()}", None)]
     words = f"version {serving} serves from {deploy.root() / model}"
     checks.append((words, None if serving == version else words))
-    if problem := verify.served(model, version):
+    if problem := verify.served(findings):
         checks.append((problem, problem))
     return checks

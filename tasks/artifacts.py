@@ -93,6 +93,12 @@ class Engine:
         """Bytes on disk of plan and weights together."""
         return self.plan.blob.bytes + (self.weights.bytes if self.weights else 0)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each part."""
+        parts = {"plan": self.plan.blob, "weights": self.weights, "preprocessor": self.preprocessor}
+        return {name: blob.sha256 for name, blob in parts.items() if blob}
+
 
 @dataclass(frozen=True)
 class Metrics:

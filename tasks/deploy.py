@@ -73,10 +73,10 @@ def predict(model: str, values: Sequence[Any]) -> list[dict[str, Any]]:
     return Predictor(root() / model / "current").predict(values)
 
 
-def intact(model: str, version: str) -> bool:
-    """Whether this version lies in the serving folder with every digest right."""
+def intact(model: str, version: str, digests: dict[str, str]) -> bool:
+    """Whether this version lies in the serving folder, whole, with the digests of its registered engine."""
     folder = root() / model / "versions" / version
-    if not folder.is_dir() or damage(folder):
+    if not folder.is_dir() or damage(folder, digests):
         return False
     return all(
         (repository / version).is_dir()
@@ -91,8 +91,8 @@ def _config(folder: Path, part: str) -> str:
     return file.read_text() if file.is_file() else ""
 
 
-def damage(folder: Path) -> str | None:
-    """The first part of a served version that is not what its digest says."""
+def damage(folder: Path, digests: dict[str, str] | None = None) -> str | None:
+    """The first part of a served version that is not what its digest says, or is not of these `digests`."""
     try:
         about = json.loads((folder / "engine.json").read_text())
         blobs = {
@@ -104,6 +104,8 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError) as error:
         return f"{folder} is not whole: {error}"
     for name, blob in blobs.items():
+        if blob and digests and digests.get(name) != blob["sha256"]:  # another registry had this number
+            return f"{folder / name} is of another engine than the one that is registered"
         if blob and store.digest(folder / name) != blob["sha256"]:
             return f"{folder / name} is not what its digest says"
     return None
@@ -114,7 +116,7 @@ def prepare(
 ) -> None:
     """Lay the version out beside the one that serves, and prove it; raises Unfit, and changes nothing."""
     with _alone(model) as folder:
-        if intact(model, version):
+        if intact(model, version, engine.digests):
             return
         fresh = folder / "versions" / f".{version}-{os.getpid()}"
         shutil.rmtree(fresh, ignore_errors=True)

@@ -152,6 +152,16 @@ def champions(known: Sequence[Line]) -> list[str]:
     return stack
 
 
+def about(known: Sequence[Line], version: str, run_id: str) -> list[Line]:
+    """The lines to this very version: a model that was deleted and made again has the same numbers."""
+    found, ours = [], True
+    for line in known:
+        if line.after == version:
+            ours = line.run_id == run_id if line.run_id else ours
+            found += [line] if ours else []
+    return found
+
+
 def override(known: Sequence[Line], version: str) -> Line | None:
     """The latest override that lets this version be promoted."""
     return next((line for line in reversed(known) if (line.event, line.after) == ("override", version)), None)

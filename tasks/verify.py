@@ -18,6 +18,7 @@ from tasks.engines.common import RefitError
 from tasks.errors import InputError
 from tasks.measurements import measurements_from_json, verdict_bytes, verdict_from_bytes
 from tasks.registry import Registered
+from tasks.registry_engine import from_facts
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ def verify(model: str, version: str) -> Findings:
         recipe = registry.recipe_of(registered.run_id)
         manifest = registry.manifest_of(registered.run_id)
         engine = registry.engine_of(model, version)
-        digests = digests_of(engine) | {"checkpoint": registry.checkpoint_digest(registered.run_id)}
-        damage = [*_differences(digests, manifest), *_differs_from_ledger(model, version, digests)]
+        digests = engine.digests | {"checkpoint": registry.checkpoint_digest(registered.run_id)}
+        damage = [*_differences(digests, manifest), *_differs_from_ledger(registered, digests)]
         damage += [why] if (why := elsewhere(manifest) or _silent(engine)) else []
     except (InputError, KeyError) as error:
         if store.full():
@@ -51,10 +52,9 @@ def verify(model: str, version: str) -> Findings:
     return Findings(registered, recipe, engine, digests, tuple(damage))
 
 
-def digests_of(engine: Engine) -> dict[str, str]:
-    """The sha256 of each part of an engine."""
-    found = {"plan": engine.plan.blob.sha256, "preprocessor": engine.preprocessor.sha256}
-    return found | ({"weights": engine.weights.sha256} if engine.weights else {})
+def expected(registered: Registered) -> dict[str, str]:
+    """The sha256 of each part of the engine that the version's run made; fetched once to this machine."""
+    return from_facts(registry.noted(registered.run_id)["engines"]["candidate"]).digests
 
 
 def recompute(run_id: str) -> tuple[bytes, bool]:
@@ -102,11 +102,12 @@ def _silent(engine: Engine) -> str | None:
     return None if np.isfinite(found).all() else "its engine answers with NaN or infinity"
 
 
-def served(model: str, version: str) -> str | None:
+def served(findings: Findings) -> str | None:
     """What is wrong with the version in this machine's serving folder, where it serves; None if nothing."""
-    if deploy.current(model) != version:
+    model = findings.registered.model
+    if deploy.current(model) != findings.registered.version:
         return None
-    return deploy.damage(deploy.root() / model / "current")
+    return deploy.damage(deploy.root() / model / "current", findings.digests)
 
 
 def word(registered: Registered) -> tuple[str, ...]:
@@ -159,9 +160,10 @@ def _differences(digests: dict[str, str], manifest: dict[str, Any]) -> list[str]
     ]
 
 
-def _differs_from_ledger(model: str, version: str, digests: dict[str, str]) -> list[str]:
+def _differs_from_ledger(registered: Registered, digests: dict[str, str]) -> list[str]:
     """Parts that are not those that the ledger saw promoted."""
-    known = [line for line in ledger.lines(model) if line.after == version and line.facts.get("digests")]
+    lines = ledger.about(ledger.lines(registered.model), registered.version, registered.run_id)
+    known = [line for line in lines if line.facts.get("digests")]
     wanted = known[-1].facts["digests"] if known else {}
     return [
         f"its {name} is not the one that was promoted (ledger, line {known[-1].number})"

@@ -16,7 +16,7 @@ import pytest
 
 from flows import promote
 from flows.__main__ import main
-from tasks import deploy, ledger, registry, registry_alias
+from tasks import deploy, ledger, registry, registry_alias, store
 from tasks.artifacts import Version
 from tasks.errors import InputError
 
@@ -280,6 +280,41 @@ def test_rollback_fetches_a_version_that_no_longer_lies_here(first: Version, sec
     shutil.rmtree(deploy.root() / MODEL / "versions" / first.version)
     assert promote.back(MODEL, first.version, "Ada", "test").action == "rolled-back"
     assert state() == (first.version,) * 3
+
+
+def test_another_version_of_the_same_number_is_laid_out_anew(
+    first: Version, second: Version, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is deleted in MLflow and made again: its version 1 has another engine."""
+    name = "digits-again"
+    copied(first, name)
+    assert promote.agree(name).action == "promoted"
+    registry.client().delete_registered_model(name)
+    copied(second, name)
+    assert main(["verify", name]) == 1
+    assert "is of another engine than the one that is registered" in capsys.readouterr().out
+    done = promote.agree(name)
+    assert (done.action, done.champion) == ("deployed", "1")
+    assert (wanted := registry.engine_of(MODEL, second.version).weights)
+    assert served(name) == wanted.sha256
+    assert main(["verify", name]) == 0
+    assert promote.agree(name).action == "nothing"
+
+
+def copied(version: Version, name: str) -> str:
+    """The version registered again under another model, with its alias there; returns its number."""
+    client = registry.client()
+    source = client.get_model_version(version.model, version.version)
+    if name not in registry_alias.models():
+        client.create_registered_model(name)
+    made = client.create_model_version(name, source.source, run_id=source.run_id, tags=dict(source.tags))
+    client.set_registered_model_alias(name, "champion", str(made.version))
+    return str(made.version)
+
+
+def served(name: str) -> str:
+    """The digest of the weights that serve."""
+    return store.digest(deploy.root() / name / "current" / "weights")
 
 
 CRASH = """

@@ -105,9 +105,20 @@ def test_a_failing_smoke_request_brings_the_last_version_back(engines: list[Engi
     assert (folder / "triton" / MODEL / "config.pbtxt").read_text() == config
     weights = folder / MODEL / "versions" / "2" / "weights" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert not deploy.intact(MODEL, "2")
+    assert not deploy.intact(MODEL, "2", engines[1].digests)
     put("2", engines[1])  # laid out again
     assert deploy.current(MODEL) == "2"
+
+
+def test_a_folder_of_the_same_number_and_another_engine_is_laid_out_again(engines: list[Engine]) -> None:
+    put("1", engines[1])
+    wanted = answer()
+    put("1", engines[0])
+    assert answer() != wanted
+    assert deploy.intact(MODEL, "1", engines[0].digests)
+    assert not deploy.intact(MODEL, "1", engines[1].digests)
+    put("1", engines[1])
+    assert answer() == wanted
 
 
 def test_an_engine_that_answers_nonsense_is_never_switched_to(engines: list[Engine], tmp_path: Path) -> None:

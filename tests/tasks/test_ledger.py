@@ -131,6 +131,17 @@ def test_a_rollback_goes_one_back_each_time(database: str) -> None:
     assert ledger.champions(ledger.lines("m")) == ["1", "5"]
 
 
+def test_a_model_that_was_made_again_has_other_versions_of_the_same_numbers(database: str) -> None:
+    for run in ("old", "new"):
+        ledger.append("m", "promoted", actor="test", after="1", run_id=run)
+        ledger.append("m", "deployed", actor="test", after="1", facts={"place": run})
+        ledger.append("m", "promoted", actor="test", after="2", run_id="other")
+    for run in ("old", "new"):
+        told = ledger.about(ledger.lines("m"), "1", run)
+        assert [line.event for line in told] == ["promoted", "deployed"]
+        assert told[-1].facts == {"place": run}
+
+
 CONTENDER = """
 def append(mine, against):
     against = None if against == "-" else against
