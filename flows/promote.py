@@ -254,21 +254,33 @@ def _record(findings: Findings, done: deploy.Switched, actor: str) -> None:
 
 
 def _demote(findings: Findings, reason: str) -> Agreement:
-    """The champion cannot serve: say so, and make the one before it champion again."""
+    """The champion cannot serve: say so, and make the one before it champion again, if there is one."""
     model, version = findings.registered.model, findings.registered.version
-    known = ledger.lines(model)
+    before = _before(model, version)
     facts = {"place": deploy.place()}
     serving = deploy.current(model)
     ledger.append(
         model, "deploy-failed", actor="deployment", before=serving, after=version, reason=reason, facts=facts
     )
-    before = next((held for held in reversed(ledger.champions(known)) if held != version), None)
     why = f"version {version} cannot serve: {reason}"
     registry_alias.move(model, version, before, "put-back", "deployment", why)
     registry_alias.note(
         model, version, f"Not deployed ({_now()}): {reason}.", {registry_alias.REFUSED: reason}
     )
     return Agreement(model, "refused", before, why)
+
+
+def _before(model: str, version: str) -> str | None:
+    """The champion before this version that is still there; None where a person withdrew it."""
+    known = ledger.lines(model)
+    withdrawn = max((line.number for line in known if line.event == "withdrawn"), default=0)
+    return _last(model, [line for line in known if line.number > withdrawn], version)
+
+
+def _last(model: str, known: Sequence[ledger.Line], but: str | None) -> str | None:
+    """The last champion but one that these lines tell of and MLflow still has."""
+    earlier = (held for held in reversed(ledger.champions(known)) if held != but)
+    return next((held for held in earlier if registry_alias.exists(model, held)), None)
 
 
 def back(model: str, to: str | None, by: str, reason: str) -> Agreement:
@@ -295,11 +307,10 @@ def back(model: str, to: str | None, by: str, reason: str) -> Agreement:
 
 
 def _earlier(model: str, known: Sequence[ledger.Line]) -> str:
-    champion = ledger.champion(known)
-    earlier = [held for held in ledger.champions(known) if held != champion]
-    if not earlier:
-        raise InputError(f"{model} has had no other champion; name a version with --to")
-    return earlier[-1]
+    earlier = _last(model, known, ledger.champion(known))
+    if earlier is None:
+        raise InputError(f"{model} has had no other champion that is still there; name a version with --to")
+    return earlier
 
 
 def _candidate(model: str, version: str, known: Sequence[ledger.Line]) -> Findings:

@@ -236,10 +236,10 @@ def _alone(model: str) -> Iterator[Path]:
 
 @contextmanager
 def _at_fault() -> Iterator[None]:
-    """What goes wrong while an engine is opened and asked is the version's fault, unless the disk is full."""
+    """What goes wrong while an engine is opened and asked is the version's fault, unless the disk is why."""
     try:
         yield
     except (InputError, RefitError) as error:
-        if store.full():
+        if store.at_fault(error):
             raise
         raise Unfit(str(error)) from error

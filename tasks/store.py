@@ -27,6 +27,10 @@ class Damaged(Exception):
     """An artifact is missing from the store or is not what its digest says."""
 
 
+class Unusable(InputError):
+    """This machine's disk is full or does not let us write: nobody's fault but the machine's."""
+
+
 def home() -> Path:
     """The folder that holds all state: artifacts, MLflow's and Prefect's databases."""
     return Path(os.environ.get("ENGINEHOUSE_HOME", "~/.enginehouse")).expanduser().absolute()
@@ -50,6 +54,11 @@ def prepare(room: bool = True) -> Path:
 def full() -> bool:
     """Whether the state folder's disk has less room than the databases alone may need."""
     return shutil.disk_usage(home()).free < LEAST_FREE
+
+
+def at_fault(error: Exception) -> bool:
+    """Whether this machine's disk, and not what was opened, may be why an error was raised."""
+    return isinstance(error, Unusable) or full()
 
 
 def path(blob: Blob) -> Path:
@@ -119,16 +128,16 @@ def file_digest(file: Path) -> str:
 
 @contextmanager
 def explained(where: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into words."""
+    """Turn a full disk or a folder that cannot be written into words: `Unusable`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
+            raise Unusable(
                 f"the disk is full: {where} (free space there, or set ENGINEHOUSE_HOME to another disk)"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise InputError(
+            raise Unusable(
                 f"cannot write {error.filename or where}: {error.strerror} "
                 "(make it writable, or set ENGINEHOUSE_HOME to a folder that is)"
             ) from error

@@ -33,7 +33,7 @@ class Findings:
 
 
 def verify(model: str, version: str) -> Findings:
-    """Its artifacts against their digests and on this machine; what is wrong is found, not raised."""
+    """Its artifacts against their digests and on this machine; their faults are found, not raised."""
     registered = registry.registered(model, version)
     if not registered.run_id:
         return Findings(registered, None, None, {}, ("its artifacts do not open: no run made it",))
@@ -45,7 +45,7 @@ def verify(model: str, version: str) -> Findings:
         damage = [*_differences(digests, manifest), *_differs_from_ledger(registered, digests)]
         damage += [why] if (why := elsewhere(manifest) or _silent(engine)) else []
     except (InputError, KeyError) as error:
-        if store.full():
+        if store.at_fault(error):
             raise
         words = f"its manifest has no {error}" if isinstance(error, KeyError) else str(error)
         return Findings(registered, None, None, {}, (f"its artifacts do not open: {words}",))
@@ -98,6 +98,8 @@ def _silent(engine: Engine) -> str | None:
     try:
         found = deploy.ask(engine)
     except (InputError, RefitError) as error:
+        if store.at_fault(error):
+            raise
         return f"its engine does not open: {error}"
     return None if np.isfinite(found).all() else "its engine answers with NaN or infinity"
 

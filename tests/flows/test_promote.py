@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -229,10 +231,7 @@ def test_a_smoke_request_that_fails_after_the_switch_puts_all_back(
 def test_a_pipelines_champion_that_cannot_serve_gives_way_to_the_one_before(
     first: Version, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refusing(*_: object) -> None:
-        raise deploy.Unfit("it answers nonsense")
-
-    monkeypatch.setattr(deploy, "prepare", refusing)
+    monkeypatch.setattr(deploy, "prepare", unfit)
     done = optimize(QUICK, f"model.name={MODEL}", "finetune.seed=2")
     assert done.verdict == "refused"
     assert done.reasons == (f"version {done.version.version} cannot serve: it answers nonsense",)
@@ -315,6 +314,68 @@ def copied(version: Version, name: str) -> str:
 def served(name: str) -> str:
     """The digest of the weights that serve."""
     return store.digest(deploy.root() / name / "current" / "weights")
+
+
+def test_a_champion_that_cannot_serve_gives_way_to_one_that_is_still_there(
+    first: Version, second: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "digits-deleted"
+    for version in (first, second, first):
+        copied(version, name)
+        promote.agree(name)
+    registry.client().delete_model_version(name, "2")
+    shutil.rmtree(deploy.root() / name)
+    monkeypatch.setattr(deploy, "prepare", unfit)
+    done = promote.agree(name)
+    assert (done.action, done.champion) == ("refused", "1")
+    monkeypatch.undo()
+    assert promote.agree(name).action == "deployed"
+    assert promote.agree(name).action == "nothing"
+    with pytest.raises(InputError, match="no other champion that is still there"):
+        promote.back(name, None, "Ada", "test")
+
+
+def test_a_champion_that_cannot_serve_does_not_bring_back_one_that_was_withdrawn(
+    first: Version, second: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "digits-withdrawn"
+    copied(first, name)
+    promote.agree(name)
+    registry.client().delete_registered_model_alias(name, "champion")
+    assert promote.agree(name).action == "withdrawn"
+    copied(second, name)
+    assert promote.agree(name).action == "promoted"
+    shutil.rmtree(deploy.root() / name)
+    monkeypatch.setattr(deploy, "prepare", unfit)
+    done = promote.agree(name)
+    assert (done.action, done.champion) == ("refused", None)
+    assert registry_alias.alias_of(name) is ledger.champion(ledger.lines(name)) is None
+    assert promote.agree(name).action == "nothing"
+
+
+def unfit(*_: object) -> None:
+    raise deploy.Unfit("it answers nonsense")
+
+
+def test_a_store_that_cannot_be_written_demotes_nobody(
+    first: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tempfile.mkdtemp
+
+    def denied(suffix: str | None = None, prefix: str | None = None, dir: Path | None = None) -> str:
+        if dir == store.home() / "store":
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return made(suffix, prefix, dir)
+
+    (deploy.root() / MODEL / "current").unlink()
+    known = len(ledger.lines(MODEL))
+    with monkeypatch.context() as here:
+        here.setattr(tempfile, "mkdtemp", denied)
+        with pytest.raises(InputError, match="cannot write .*/store: Permission denied"):
+            promote.agree(MODEL)
+    assert events(known) == []
+    assert registry_alias.alias_of(MODEL) == first.version
+    assert promote.agree(MODEL).action == "deployed"
 
 
 CRASH = """
