@@ -195,7 +195,7 @@ def _serve(model: str, champion: str | None) -> Agreement:
 
 
 def _deployed_here(registered: registry.Registered) -> bool:
-    """Whether this very engine serves on this machine, and the ledger says so."""
+    """Whether this very engine serves on this machine, undamaged, and the ledger says so."""
     model, version = registered.model, registered.version
     deployed = [line for line in ledger.lines(model) if line.event == "deployed"]
     here = [line for line in deployed if line.facts.get("place") == deploy.place()]
@@ -230,7 +230,7 @@ def _switch(findings: Findings, section: Deploy | None, action: Action) -> Agree
             done = deploy.switch(model, version, section)
         except deploy.Unfit as unfit:
             return _demote(findings, str(unfit))
-        if not (done.before == version and _deployed_here(findings.registered)):
+        if action == "deployed" or done.before != version or not _deployed_here(findings.registered):
             _record(findings, done, made.actor)
         tags["deployed"] = deploy.place()
         words += f"; deployed to {deploy.place()}"

@@ -127,7 +127,7 @@ def prepare(
                 if section.triton:
                     _for_triton(fresh, model, version, section.triton, threads)
             shutil.rmtree(folder / "versions" / version, ignore_errors=True)
-            fresh.rename(folder / "versions" / version)
+            store.rename(fresh, folder / "versions" / version)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 

@@ -97,21 +97,27 @@ def staging() -> Iterator[Path]:
 def commit(folder: Path) -> Blob:
     """Move a finished folder into the store; raises InputError when the disk is full or not writable."""
     with explained(folder):
-        for file in _files(folder):
-            _sync(file)
         blob = Blob(digest(folder), sum(file.stat().st_size for file in _files(folder)))
         place = _place(blob.sha256)
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists() and not intact(blob):
             shutil.rmtree(place)
         try:
-            folder.rename(place)
+            rename(folder, place)
         except OSError as error:  # someone else stored the same content first
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             shutil.rmtree(folder)
-        _sync(place.parent)
     return blob
+
+
+def rename(folder: Path, place: Path) -> None:
+    """Move a finished folder to its place, where it is whole or not at all, even after a power cut."""
+    for target in (*folder.rglob("*"), folder):
+        if target.is_file() or target.is_dir():
+            _sync(target)
+    folder.rename(place)
+    _sync(place.parent)
 
 
 def digest(folder: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from recipes.schema import Triton
+from tasks import store
 from tasks.artifacts import Facts
 from tasks.engines import module, together
 from tasks.engines.common import Session
@@ -97,7 +98,7 @@ def _files(served: Path, runtime: str, place: Path, part: str) -> None:
             for file in sorted(source.glob("*")):
                 if file.suffix != ".json":
                     _link(file, fresh / file.name)
-    fresh.rename(place)
+    store.rename(fresh, place)
 
 
 def _link(file: Path, place: Path) -> None:

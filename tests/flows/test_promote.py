@@ -281,6 +281,19 @@ def test_rollback_fetches_a_version_that_no_longer_lies_here(first: Version, sec
     assert state() == (first.version,) * 3
 
 
+def test_a_damaged_serving_folder_is_laid_out_again(first: Version) -> None:
+    """By whatever looks next: no alias tells of it."""
+    wanted, known = answer(), len(ledger.lines(MODEL))
+    file = deploy.root() / MODEL / "current" / "weights" / "weights.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    done = next(done for done in promote.reconcile() if done.model == MODEL)
+    assert (done.action, done.champion) == ("deployed", first.version)
+    assert (file.read_bytes(), answer()) == (good, wanted)
+    assert events(known) == ["deployed"]
+    assert promote.agree(MODEL).action == "nothing"
+
+
 def test_another_version_of_the_same_number_is_laid_out_anew(
     first: Version, second: Version, capsys: pytest.CaptureFixture[str]
 ) -> None:

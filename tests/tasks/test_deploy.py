@@ -121,6 +121,23 @@ def test_a_folder_of_the_same_number_and_another_engine_is_laid_out_again(engine
     assert answer() == wanted
 
 
+def test_what_is_laid_out_is_on_the_disk(
+    engines: list[Engine], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = set(), os.fsync
+
+    def noting(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    put("1", engines[0])
+    for place in (folder / MODEL / "versions", folder / "triton" / MODEL / "1"):
+        found = [place, *place.rglob("*")]
+        assert len(found) > 2
+        assert not [path for path in found if path.stat().st_ino not in synced]
+
+
 def test_an_engine_that_answers_nonsense_is_never_switched_to(engines: list[Engine], tmp_path: Path) -> None:
     put("1", engines[0])
     weights = engines[1].weights
