@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ from tasks.verify import Findings
 
 Action = Literal["nothing", "deployed", "promoted", "refused", "withdrawn", "rolled-back"]
 PERSON = "alias in MLflow"
+JUDGING = "judging"
+"""The tag of a version whose judging was begun: how often."""
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def rollback(
 def agree(model: str) -> Agreement:
     """Compare alias, ledger and serving folder, and do what is missing; safe to repeat after any crash."""
     started = time.perf_counter()
-    waits = _judge(model)
+    judged = _judge(model)
     with ledger.held(model):
         registry_alias.settle(model)
         known, holder = ledger.lines(model), registry_alias.alias_of(model)
@@ -89,56 +93,95 @@ def agree(model: str) -> Agreement:
         elif holder is None:
             done = _withdraw(model, champion)
         else:
-            done = _take(model, champion, holder, waits)
+            done = _take(model, champion, holder)
+    if judged and done.action == "nothing":
+        done = replace(judged, champion=done.champion)
     if done.action != "nothing":
         say(f"{model}: {done.action}, champion {done.champion}{f' ({done.reason})' if done.reason else ''}")
         publish(model)
     return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
 
 
-def _judge(model: str) -> str:
-    """Where the alias is on a version that waits for its gate: have it judged, or say why it cannot be.
+def _judge(model: str) -> Agreement | None:
+    """Have judged what waits for its gate, and say what came of it; None where nothing does.
 
-    Nothing is held meanwhile: judging takes long, and may promote.
+    The model is not held meanwhile: judging takes long, and may promote.
     """
-    holder = registry_alias.alias_of(model)
-    if holder is None or registry.registered(model, holder).tags.get("gate") != "pending":
-        return ""
+    if _asked(model) is None:
+        return None
     try:
-        gate_pending(model, holder)
-    except InputError as error:
-        return str(error)
-    return ""
+        with ledger.held(f"{model}, judging", patience=0.01):
+            version = _asked(model)
+            return gate_pending(model, version) if version else None
+    except ledger.Busy:  # another process is at it, or this very one, whose judging ends in an agreement, too
+        return None
 
 
-def gate_pending(model: str, version: str) -> None:
-    """Have a version that waits for its gate judged here, where its runtime is; InputError where it is not.
+def _asked(model: str) -> str | None:
+    """The version to judge: one that the alias was put on, else one that was begun and can be judged here."""
+    holder = registry_alias.alias_of(model)
+    if holder and registry.registered(model, holder).tags.get("gate") == "pending":
+        return holder
+    begun = (registry.registered(model, version) for version in registry_alias.tagged(model, JUDGING))
+    return next((found.version for found in begun if not verify.missing(found.tags["runtime"])), None)
 
-    Meanwhile the alias goes back. What comes of it is a version of its own, since its engine is one: the
-    pipeline promotes it, or says why not.
+
+def gate_pending(model: str, version: str) -> Agreement | None:
+    """Have a version that waits for its gate judged here; refused where it cannot be, with the reason.
+
+    Meanwhile the alias goes back, and a tag says that judging was begun: should the process end, the next
+    look goes on. What comes of it is a version of its own, since its engine is one.
     """
-    manifest = registry.manifest_of(registry.registered(model, version).run_id)
+    from flows.pending import judge_pending
+
+    registered = registry.registered(model, version)
+    begun = int(registered.tags.get(JUDGING, "0"))
+    try:
+        _judgeable(registered, begun)
+        with _held(model) as champion:
+            if not begun and registry_alias.alias_of(model) != version:
+                return None
+            first = "its gate is pending; it is judged first"
+            _refuse(model, champion, version, first, {JUDGING: str(begun + 1)})
+        outcome = judge_pending(model, version)
+    except InputError as error:
+        with _held(model) as champion:
+            return _refuse(model, champion, version, str(error), drop=[JUDGING])
+    number, verdict = outcome.version.version, outcome.verdict
+    told = {"gated_as": number}
+    drop = [registry_alias.REFUSED, JUDGING]
+    registry_alias.note(model, version, f"Judged as version {number}: {verdict}.", told, drop)
+    actions: dict[str, Action] = {"promoted": "promoted", "refused": "refused"}
+    reason = "; ".join([f"version {version} was judged as version {number}", *outcome.reasons])
+    return Agreement(model, actions.get(verdict, "nothing"), None, reason)
+
+
+def _judgeable(registered: registry.Registered, begun: int) -> None:
+    """Raise InputError where this machine cannot judge the version, or has tried often enough."""
+    manifest = registry.manifest_of(registered.run_id)
     if why := verify.missing(manifest["engines"]["candidate"]["plan"]["runtime"]):
         raise InputError(f"its gate is pending, and {why}: a worker that has the runtime must judge it first")
+    if begun >= TRIES:
+        raise InputError(
+            f"judging it was begun {begun} times and never finished; "
+            "see why in the worker's log, then set the alias on it again"
+        )
+
+
+@contextmanager
+def _held(model: str) -> Iterator[str | None]:
+    """The model held, with nothing left open: its champion."""
     with ledger.held(model):
         registry_alias.settle(model)
-        _refuse(
-            model, ledger.champion(ledger.lines(model)), version, "its gate is pending; it is judged first"
-        )
-    from flows.pending import judge_pending  # which ends in an agreement, too
-
-    outcome = judge_pending(model, version)
-    words = f"Judged as version {outcome.version.version}: {outcome.verdict}."
-    tags = {"gated_as": outcome.version.version}
-    registry_alias.note(model, version, words, tags, drop=[registry_alias.REFUSED])
+        yield ledger.champion(ledger.lines(model))
 
 
-def _take(model: str, champion: str | None, version: str, waits: str) -> Agreement:
+def _take(model: str, champion: str | None, version: str) -> Agreement:
     """A person put the alias on this version: promote it, or put the alias back."""
     registered = registry.registered(model, version)
     allowed = ledger.override(ledger.lines(model), version)
     if not allowed and (against := verify.word(registered)):
-        return _refuse(model, champion, version, waits or "; ".join(against))
+        return _refuse(model, champion, version, "; ".join(against))
     findings = verify.verify(model, version)
     problems = findings.damage + (() if allowed else verify.judgement(registered))
     if problems:
@@ -157,10 +200,17 @@ def _take(model: str, champion: str | None, version: str, waits: str) -> Agreeme
     return _switch(findings, section, "promoted")
 
 
-def _refuse(model: str, champion: str | None, version: str, reason: str) -> Agreement:
+def _refuse(
+    model: str,
+    champion: str | None,
+    version: str,
+    reason: str,
+    tags: dict[str, str] | None = None,
+    drop: Sequence[str] = (),
+) -> Agreement:
     """The reason on the version and in the ledger, then the alias back where it was."""
     words = f"Not promoted ({_now()}): {reason}."
-    registry_alias.note(model, version, words, {registry_alias.REFUSED: reason})
+    registry_alias.note(model, version, words, {registry_alias.REFUSED: reason, **(tags or {})}, drop)
     run = registry.registered(model, version).run_id
     ledger.append(model, "refused", actor=PERSON, before=champion, after=version, run_id=run, reason=reason)
     if registry_alias.alias_of(model) == version:

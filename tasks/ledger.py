@@ -72,6 +72,10 @@ class Line:
     sha256: str = ""
 
 
+class Busy(InputError):
+    """Another process holds the model, and held it for as long as was waited."""
+
+
 Check = Callable[[Sequence[Line]], None]
 
 
@@ -189,7 +193,7 @@ def held(model: str, patience: float = PATIENCE) -> Iterator[None]:
     The hold ends with the process, so what it left undone may be finished by whoever holds next.
     """
     url = address()
-    busy = InputError(f"another process has been promoting {model} for {patience:.0f} s; try again later")
+    busy = Busy(f"another process has been promoting {model} for {patience:.0f} s; try again later")
     if make_url(url).get_backend_name() == "sqlite":
         try:
             with FileLock(f"{make_url(url).database}.{_key(model):016x}.lock", timeout=patience):

@@ -187,6 +187,12 @@ def exists(model: str, version: str) -> bool:
     return True
 
 
+def tagged(model: str, tag: str) -> list[str]:
+    """The versions that have a tag."""
+    found = client().search_model_versions(f"name = '{model}' and tags.{tag} LIKE '%'")
+    return [str(version.version) for version in found]
+
+
 def note(model: str, version: str, words: str, tags: dict[str, str], drop: Sequence[str] = ()) -> None:
     """Write tags on a version, and `words` under the gate's own in its description."""
     mlflow = client()

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from flows import promote
+from flows import pending, promote
 from flows.__main__ import main
 from tasks import deploy, ledger, registry, registry_alias, store
 from tasks.artifacts import Version
@@ -147,8 +148,8 @@ def test_a_forged_tag_does_not_help(second: Version, optimize: Optimize, first: 
 def test_a_pending_version_waits_for_a_worker_that_has_the_runtime(
     second: Version, optimize: Optimize, first: Version
 ) -> None:
-    pending = optimize(QUICK, f"model.name={MODEL}", "build.runtime=tensorrt-rtx").version
-    set_alias(pending.version)
+    waiting = optimize(QUICK, f"model.name={MODEL}", "build.runtime=tensorrt-rtx").version
+    set_alias(waiting.version)
     done = promote.agree(MODEL)
     assert (done.action, done.champion) == ("refused", first.version)
     assert "a worker that has the runtime must judge it" in done.reason
@@ -157,21 +158,87 @@ def test_a_pending_version_waits_for_a_worker_that_has_the_runtime(
 def test_a_pending_version_is_judged_where_its_runtime_is_and_then_promoted(
     first: Version, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import build
-
     name = "digits-pending"
-    with monkeypatch.context() as elsewhere:  # a machine without the runtime: the engine is only checked
-        elsewhere.setattr(build, "installed", lambda runtime: None)
-        waiting = optimize(QUICK, f"model.name={name}").version
-    assert waiting.gate == "pending"
-    registry.client().set_registered_model_alias(name, "champion", waiting.version)
+    waiting = unjudged(optimize, name, monkeypatch)
     done = promote.agree(name)
+    assert done.action == "promoted"
     assert done.champion not in (None, waiting.version)
     judged = registry.registered(name, str(done.champion))
     assert (judged.tags["gate"], judged.tags["proved"]) == ("passed", "executed")
     tags = registry.registered(name, waiting.version).tags
     assert tags["gated_as"] == done.champion
     assert registry_alias.alias_of(name) == done.champion
+    assert promote.agree(name).action == "nothing"
+
+
+def unjudged(optimize: Optimize, name: str, monkeypatch: pytest.MonkeyPatch) -> Version:
+    """A version that waits for its gate, with the alias on it."""
+    from tasks import build
+
+    with monkeypatch.context() as elsewhere:  # a machine without the runtime: the engine is only checked
+        elsewhere.setattr(build, "installed", lambda runtime: None)
+        version = optimize(QUICK, f"model.name={name}").version
+    assert version.gate == "pending"
+    registry.client().set_registered_model_alias(name, "champion", version.version)
+    return version
+
+
+def test_judging_that_was_ended_goes_on_at_the_next_look_and_one_error_ends_it(
+    first: Version, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "digits-ended"
+    version = unjudged(optimize, name, monkeypatch).version
+    judge, begun = pending.judge_pending, []
+
+    def killed(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    def poor(*_: str) -> None:
+        raise InputError("its rows are gone")
+
+    def judging(*asked: str) -> Outcome:
+        """While it lasts, another starter looks: it has nothing to judge."""
+        begun.append(asked)
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(promote.agree, name).result().action == "nothing"
+        return judge(*asked)
+
+    monkeypatch.setattr(pending, "judge_pending", killed)
+    with pytest.raises(KeyboardInterrupt):
+        promote.agree(name)
+    assert registry_alias.alias_of(name) is None
+    monkeypatch.setattr(pending, "judge_pending", poor)
+    done = promote.agree(name)
+    assert (done.action, done.champion) == ("refused", None)
+    assert "its rows are gone" in done.reason
+    assert "its rows are gone" in registry.registered(name, version).tags["promotion_refused"]
+    assert promote.agree(name).action == "nothing", "an error ends it"
+    registry.client().set_registered_model_alias(name, "champion", version)
+    monkeypatch.setattr(pending, "judge_pending", killed)
+    with pytest.raises(KeyboardInterrupt):
+        promote.agree(name)
+    monkeypatch.setattr(pending, "judge_pending", judging)
+    done = promote.agree(name)
+    assert begun == [(name, version)]
+    assert (done.action, registry.registered(name, version).tags["gated_as"]) == ("promoted", done.champion)
+    assert promote.agree(name).action == "nothing"
+
+
+def test_judging_that_never_ends_is_given_up(
+    first: Version, optimize: Optimize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: str) -> None:
+        raise MemoryError
+
+    name = "digits-never"
+    unjudged(optimize, name, monkeypatch)
+    monkeypatch.setattr(pending, "judge_pending", out_of_memory)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            promote.agree(name)
+    done = promote.agree(name)
+    assert done.action == "refused"
+    assert "was begun 3 times and never finished" in done.reason
     assert promote.agree(name).action == "nothing"
 
 

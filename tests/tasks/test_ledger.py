@@ -234,7 +234,7 @@ with ledger.held("m"):
         pass
     holder.kill()
     holder.wait()
-    with ledger.held("m", patience=20):
+    with ledger.held("m", patience=20), pytest.raises(ledger.Busy), ledger.held("m", patience=0.01):
         pass
 
 
