@@ -340,7 +340,7 @@ def version_of(found: ModelVersion, model: str) -> Version:
 
 def noted(run_id: str) -> dict[str, Any]:
     """The manifest that a run logged, fetched once to this machine."""
-    with _logged(f"run {run_id}"):
+    with _logged(f"run {run_id}", run_id):
         content: dict[str, Any] = json.loads(manifest_file(run_id).read_text())
     return content
 
