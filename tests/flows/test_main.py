@@ -163,7 +163,7 @@ def test_pruning_frees_a_full_disk_but_not_of_what_it_cannot_know(
         )
         kept = orphan()
         assert main(["prune", "--days", "0", "--delete"]) == 2
-        assert f"run {run.info.run_id}: its manifest cannot be fetched" in capsys.readouterr().err
+        assert f"the manifest of MLflow's run {run.info.run_id} cannot be read" in capsys.readouterr().err
         assert store.intact(kept)
     finally:
         mlflow.set_tracking_uri(before)
