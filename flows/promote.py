@@ -13,37 +13,23 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from prefect import flow, task
 from prefect.context import FlowRunContext
 
-from flows import history
-from recipes.schema import Deploy
+from flows import history, serving
+from flows.serving import Action, Agreement
 from tasks import deploy, ledger, registry, registry_alias, verify
-from tasks.artifacts import Facts
 from tasks.errors import InputError
 from tasks.stage import passing, say
 from tasks.verify import Findings
 
-Action = Literal["nothing", "deployed", "promoted", "refused", "withdrawn", "rolled-back"]
 PERSON = "alias in MLflow"
 JUDGING = "judging"
 """The tag of a version whose judging was begun: how often."""
 TRIES = 3
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What was done for a model, the champion that it ended with, and why."""
-
-    model: str
-    action: Action
-    champion: str | None
-    reason: str = ""
-    seconds: float = 0.0
 
 
 @flow(name="promote", flow_run_name="{model}", persist_result=False)
@@ -89,7 +75,7 @@ def agree(model: str) -> Agreement:
         if holder and not known and "gate" not in registry.registered(model, holder).tags:
             done = Agreement(model, "nothing", holder, "this model is not Enginehouse's")
         elif holder == champion:
-            done = _serve(model, champion)
+            done = serving.serve(model, champion)
         elif holder is None:
             done = _withdraw(model, champion)
         else:
@@ -135,7 +121,7 @@ def gate_pending(model: str, version: str) -> Agreement | None:
     from flows.pending import judge_pending
 
     registered = registry.registered(model, version)
-    begun = int(registered.tags.get(JUDGING, "0"))
+    begun = _number(registered.tags.get(JUDGING, "0"))
     try:
         _judgeable(registered, begun)
         with _held(model) as champion:
@@ -154,6 +140,11 @@ def gate_pending(model: str, version: str) -> Agreement | None:
     actions: dict[str, Action] = {"promoted": "promoted", "refused": "refused"}
     reason = "; ".join([f"version {version} was judged as version {number}", *outcome.reasons])
     return Agreement(model, actions.get(verdict, "nothing"), None, reason)
+
+
+def _number(tag: str) -> int:
+    """How often; a tag that a person wrote counts as once."""
+    return int(tag) if tag.isdecimal() else 1
 
 
 def _judgeable(registered: registry.Registered, begun: int) -> None:
@@ -188,7 +179,7 @@ def _take(model: str, champion: str | None, version: str) -> Agreement:
         return _refuse(model, champion, version, "; ".join(problems))
     section = findings.recipe.deploy if findings.recipe else None
     try:
-        _prepare(findings, section)
+        serving.prepare(findings, section)
     except deploy.Unfit as unfit:
         return _refuse(model, champion, version, f"it cannot serve here: {unfit}")
     if (now := registry_alias.alias_of(model)) != version:
@@ -197,7 +188,7 @@ def _take(model: str, champion: str | None, version: str) -> Agreement:
     reason = f"override: {allowed.reason}" if allowed else "the alias was set on it"
     run, facts = findings.registered.run_id, {"digests": findings.digests}
     registry_alias.move(model, champion, version, "promoted", actor, reason, run, facts)
-    return _switch(findings, section, "promoted")
+    return serving.switch(findings, section, "promoted")
 
 
 def _refuse(
@@ -209,7 +200,7 @@ def _refuse(
     drop: Sequence[str] = (),
 ) -> Agreement:
     """The reason on the version and in the ledger, then the alias back where it was."""
-    words = f"Not promoted ({_now()}): {reason}."
+    words = f"Not promoted ({serving.now()}): {reason}."
     registry_alias.note(model, version, words, {registry_alias.REFUSED: reason, **(tags or {})}, drop)
     run = registry.registered(model, version).run_id
     ledger.append(model, "refused", actor=PERSON, before=champion, after=version, run_id=run, reason=reason)
@@ -225,114 +216,6 @@ def _withdraw(model: str, champion: str | None) -> Agreement:
     return Agreement(model, "withdrawn", None, reason)
 
 
-def _serve(model: str, champion: str | None) -> Agreement:
-    """Deploy the champion where this machine does not serve it yet and can."""
-    nothing = Agreement(model, "nothing", champion)
-    if champion is None or _deployed_here(registered := registry.registered(model, champion)):
-        return nothing
-    run_id = registered.run_id
-    recipe = registry.recipe_of(run_id)
-    if recipe.deploy is None or verify.elsewhere(registry.manifest_of(run_id)):
-        return nothing
-    findings = verify.verify(model, champion)
-    try:
-        if findings.damage:
-            raise deploy.Unfit("; ".join(findings.damage))
-        _prepare(findings, recipe.deploy)
-    except deploy.Unfit as unfit:
-        return _demote(findings, str(unfit))
-    return _switch(findings, recipe.deploy, "deployed")
-
-
-def _deployed_here(registered: registry.Registered) -> bool:
-    """Whether this very engine serves on this machine, undamaged, and the ledger says so."""
-    model, version = registered.model, registered.version
-    deployed = [line for line in ledger.lines(model) if line.event == "deployed"]
-    here = [line for line in deployed if line.facts.get("place") == deploy.place()]
-    if not here or here[-1].after != version or deploy.current(model) != version:
-        return False
-    digests, told = verify.expected(registered), here[-1].facts.get("digests", {})
-    if any(told.get(name, digest) != digest for name, digest in digests.items()):
-        return False
-    return deploy.intact(model, version, digests)
-
-
-def _prepare(findings: Findings, section: Deploy | None) -> None:
-    model, version = findings.registered.model, findings.registered.version
-    if section is None or deploy.intact(model, version, findings.digests):
-        return
-    assert findings.recipe is not None
-    assert findings.engine is not None
-    build = findings.recipe.build
-    deploy.prepare(model, version, findings.engine, build.max_batch, section, build.threads)
-
-
-def _switch(findings: Findings, section: Deploy | None, action: Action) -> Agreement:
-    """Let the new champion serve; should its smoke request fail, the one before is champion again."""
-    model, version = findings.registered.model, findings.registered.version
-    made = [line for line in ledger.lines(model) if line.event in ledger.SETTLED and line.after == version][
-        -1
-    ]
-    tags = {"promoted_by": made.actor, "promoted_at": made.at}
-    words = f"Champion since {_readable(made.at)}, by {made.actor}"
-    if section is not None:
-        try:
-            done = deploy.switch(model, version, section)
-        except deploy.Unfit as unfit:
-            return _demote(findings, str(unfit))
-        if action == "deployed" or done.before != version or not _deployed_here(findings.registered):
-            _record(findings, done, made.actor)
-        tags["deployed"] = deploy.place()
-        words += f"; deployed to {deploy.place()}"
-    last = ledger.lines(model)[-1]
-    tags["ledger"] = f"{last.number} {last.sha256}"
-    registry_alias.note(model, version, f"{words}.", tags, drop=[registry_alias.REFUSED])
-    if made.before and made.before != version and registry_alias.exists(model, made.before):
-        until = f"Champion until {_readable(made.at)}, when version {version} followed."
-        registry_alias.note(model, made.before, until, {}, drop=["deployed"])
-    return Agreement(model, action, version)
-
-
-def _record(findings: Findings, done: deploy.Switched, actor: str) -> None:
-    facts: Facts = {"place": deploy.place(), "seconds": round(done.seconds, 3)}
-    if findings.digests:
-        facts["digests"] = findings.digests
-    model, run = findings.registered.model, findings.registered.run_id
-    ledger.append(
-        model, "deployed", actor=actor, before=done.before, after=done.after, run_id=run, facts=facts
-    )
-
-
-def _demote(findings: Findings, reason: str) -> Agreement:
-    """The champion cannot serve: say so, and make the one before it champion again, if there is one."""
-    model, version = findings.registered.model, findings.registered.version
-    before = _before(model, version)
-    facts = {"place": deploy.place()}
-    serving = deploy.current(model)
-    ledger.append(
-        model, "deploy-failed", actor="deployment", before=serving, after=version, reason=reason, facts=facts
-    )
-    why = f"version {version} cannot serve: {reason}"
-    registry_alias.move(model, version, before, "put-back", "deployment", why)
-    registry_alias.note(
-        model, version, f"Not deployed ({_now()}): {reason}.", {registry_alias.REFUSED: reason}
-    )
-    return Agreement(model, "refused", before, why)
-
-
-def _before(model: str, version: str) -> str | None:
-    """The champion before this version that is still there; None where a person withdrew it."""
-    known = ledger.lines(model)
-    withdrawn = max((line.number for line in known if line.event == "withdrawn"), default=0)
-    return _last(model, [line for line in known if line.number > withdrawn], version)
-
-
-def _last(model: str, known: Sequence[ledger.Line], but: str | None) -> str | None:
-    """The last champion but one that these lines tell of and MLflow still has."""
-    earlier = (held for held in reversed(ledger.champions(known)) if held != but)
-    return next((held for held in earlier if registry_alias.exists(model, held)), None)
-
-
 def back(model: str, to: str | None, by: str, reason: str) -> Agreement:
     """Restore alias and engine of an earlier champion; quick while it lies in the serving folder."""
     started = time.perf_counter()
@@ -346,18 +229,18 @@ def back(model: str, to: str | None, by: str, reason: str) -> Agreement:
         findings = _candidate(model, version, known)
         section = findings.recipe.deploy if findings.recipe else None
         try:
-            _prepare(findings, section)
+            serving.prepare(findings, section)
         except deploy.Unfit as unfit:
             raise InputError(f"version {version} of {model} cannot serve here: {unfit}") from unfit
         run = findings.registered.run_id
         registry_alias.move(model, champion, version, "rolled-back", by, reason, run)
-        done = _switch(findings, section, "rolled-back")
+        done = serving.switch(findings, section, "rolled-back")
     publish(model)
     return Agreement(model, done.action, done.champion, done.reason, time.perf_counter() - started)
 
 
 def _earlier(model: str, known: Sequence[ledger.Line]) -> str:
-    earlier = _last(model, known, ledger.champion(known))
+    earlier = serving.last_champion(model, known, ledger.champion(known))
     if earlier is None:
         raise InputError(f"{model} has had no other champion that is still there; name a version with --to")
     return earlier
@@ -396,11 +279,3 @@ def publish(model: str) -> None:
     key = re.sub(r"[^a-z0-9]+", "-", f"history-{model}".lower()).strip("-")
     words = f"Every move of {model}'s champion, newest first."
     create_table_artifact(table=history.rows(model), key=key, description=words)
-
-
-def _now() -> str:
-    return _readable(datetime.now(UTC).isoformat())
-
-
-def _readable(moment: str) -> str:
-    return f"{moment[:19].replace('T', ' ')} UTC"
