@@ -1,6 +1,8 @@
 """Calibration, SparseGPT and QAT on a GPU, against the same calls in a bare script; two GPUs against one.
 
-python -m benchmarks.gpu REPORT.json [PART …] [--small]     parts: calibrate, sparsegpt, qat, processes
+python -m benchmarks.gpu REPORT.json [PART …] [--small]
+
+Parts: calibrate, sparsegpt, qat (calibrate:fp8 or qat:int8 for one format alone), processes.
 
 A BERT of 335 million parameters (BERT-large's shape, bytes as tokens, random weights: speed and memory
 only). "Pipeline" is the stage's own function, without Prefect's few milliseconds; "bare" is what one would
@@ -307,6 +309,16 @@ def compile_extensions() -> None:
             get(raise_if_failed=True)
 
 
+def asked(parts: list[str]) -> list[tuple[str, str]]:
+    """Each part with each of its formats, or with the one that is named after it."""
+    found = []
+    for part, _, kind in (name.partition(":") for name in parts if name != "processes"):
+        if part not in PARTS or (kind and kind not in KINDS[part]):
+            raise SystemExit(f"no part {part}:{kind}; there are {KINDS} and processes")
+        found += [(part, each) for each in ((kind,) if kind else KINDS[part])]
+    return found
+
+
 def main() -> None:
     """Each measurement in turns; the report is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -328,7 +340,7 @@ def main() -> None:
 
     checkpoint, dataset = prepared()
     report["parameters"] = checkpoint.facts["parameters"]
-    for part, kind in ((name, kind) for name in given.parts if name in PARTS for kind in KINDS[name]):
+    for part, kind in asked(given.parts):
         for _ in range(1 + TURNS[part]):
             for who in ("pipeline", "bare"):
                 add(f"{part} {kind} {who}", one(part, who, kind, checkpoint, dataset))
