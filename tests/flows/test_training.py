@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -34,6 +34,13 @@ def history(run: str, name: str) -> dict[int, float]:
     return {point.step: point.value for point in registry.client().get_metric_history(run, name)}
 
 
+def trained() -> list[Any]:
+    """The trainings of this recipe, each a run: other tests have theirs in the same MLflow."""
+    client = registry.client()
+    place = client.get_experiment_by_name("enginehouse-training")
+    return client.search_runs([place.experiment_id], "tags.recipe = 'tiny'")
+
+
 def test_curves_are_live_compared_and_shown_again(
     tiny_recipe: Path, optimize: Callable[..., Outcome]
 ) -> None:
@@ -47,11 +54,7 @@ def test_curves_are_live_compared_and_shown_again(
     assert all(curve[0]["step"] == 0 and "validation_loss" in curve[0] for curve in curves.values())
     assert curves["sparse"][0]["validation_loss"] > curves["dense"][0]["validation_loss"]
 
-    client = registry.client()
-    place = client.get_experiment_by_name("enginehouse-training")
-    runs = {
-        r.data.tags["what"]: r for r in client.search_runs([place.experiment_id]) if _of_tiny(r.data.tags)
-    }
+    runs = {run.data.tags["what"]: run for run in trained()}
     assert set(runs) == {"dense", "2:4", "2:4 int8"}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     live = history(runs["2:4 int8"].info.run_id, "validation_loss")
@@ -66,7 +69,7 @@ def test_curves_are_live_compared_and_shown_again(
     assert {timing.reused for timing in again.attempt.timeline if timing.stage == "fine-tune"} == {True}
     assert again.version.run_id != outcome.version.run_id
     assert history(again.version.run_id, "candidate_validation_loss") == live
-    assert len(client.search_runs([place.experiment_id])) == len(runs) + 1  # the baseline's is `dense`, too
+    assert len(trained()) == len(runs) + 1  # the baseline's is `dense`, too
 
     from flows.retrain import retrain
 
@@ -75,7 +78,3 @@ def test_curves_are_live_compared_and_shown_again(
     assert manifest["retrained"]["from_version"] == again.version.version
     assert manifest["curves"]["candidate"][0]["validation_loss"] < live[0]
     assert manifest["recipe"]["qat"]["distill"]["weight"] == 0.5
-
-
-def _of_tiny(tags: dict[str, str]) -> bool:
-    return tags["recipe"] == "tiny"
