@@ -324,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("report", type=Path)
     parser.add_argument("parts", nargs="*", default=[*PARTS, "processes"])
+    parser.add_argument("--turns", type=int, help="that count, of each part")
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if given.small:
@@ -341,7 +342,7 @@ def main() -> None:
     checkpoint, dataset = prepared()
     report["parameters"] = checkpoint.facts["parameters"]
     for part, kind in asked(given.parts):
-        for _ in range(1 + TURNS[part]):
+        for _ in range(1 + (given.turns or TURNS[part])):
             for who in ("pipeline", "bare"):
                 add(f"{part} {kind} {who}", one(part, who, kind, checkpoint, dataset))
     if "processes" in given.parts:
