@@ -170,7 +170,7 @@ def _held(model: str) -> Iterator[str | None]:
 def _take(model: str, champion: str | None, version: str) -> Agreement:
     """A person put the alias on this version: promote it, or put the alias back."""
     registered = registry.registered(model, version)
-    allowed = ledger.override(ledger.lines(model), version)
+    allowed = ledger.override(ledger.lines(model), version, registered.run_id)
     if not allowed and (against := verify.word(registered)):
         return _refuse(model, champion, version, "; ".join(against))
     findings = verify.verify(model, version)
@@ -248,13 +248,14 @@ def _earlier(model: str, known: Sequence[ledger.Line]) -> str:
 
 def _candidate(model: str, version: str, known: Sequence[ledger.Line]) -> Findings:
     """A version to roll back to: whole, and once champion, passed or overridden."""
-    if version in ledger.champions(known):
-        registered = registry.registered(model, version)
+    registered = registry.registered(model, version)
+    held = ledger.was_champion(known, version, registered.run_id)
+    if held:
         digests = verify.expected(registered)
         if deploy.intact(model, version, digests):
             return Findings(registered, registry.recipe_of(registered.run_id), None, digests, ())
     findings = verify.verify(model, version)
-    trusted = version in ledger.champions(known) or ledger.override(known, version)
+    trusted = held or ledger.override(known, version, registered.run_id)
     problems = findings.damage + (() if trusted else verify.judgement(findings.registered))
     if problems:
         raise InputError(f"version {version} of {model} cannot be champion: {'; '.join(problems)}")

@@ -23,7 +23,8 @@ def report(address: str) -> tuple[list[str], bool]:
     checks: list[Check] = [(f"digest of {name}: {digest}", None) for name, digest in findings.digests.items()]
     checks += [(what, what) for what in findings.damage]
     checks += _ledger(model, known, findings)
-    override, against = ledger.override(known, version), verify.judgement(findings.registered)
+    override = ledger.override(known, version, findings.registered.run_id)
+    against = verify.judgement(findings.registered)
     if not against:
         checks.append(("the verdict, judged again from the measurements, is the one that was logged", None))
     for what in against:

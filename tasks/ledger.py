@@ -30,7 +30,8 @@ from tasks.errors import InputError
 
 PATIENCE = 600.0  # seconds: a promotion opens engines while it holds the model
 DECIDED = ("promoting", "withdrawn", "abandoned")  # these say who is champion
-SETTLED = ("promoted", "rolled-back", "put-back", "abandoned")  # these end a `promoting`
+HELD = ("promoted", "rolled-back", "put-back")  # these say who was champion
+SETTLED = (*HELD, "abandoned")  # these end a `promoting`
 GENESIS = "0" * 64
 _TABLE = "enginehouse_ledger"
 _REFUSAL = "the ledger is append-only"
@@ -146,7 +147,7 @@ def champions(known: Sequence[Line]) -> list[str]:
     """Who was champion, oldest first; a rollback takes off what came after its target."""
     stack: list[str] = []
     for line in known:
-        if line.event not in ("promoted", "rolled-back", "put-back"):
+        if line.event not in HELD:
             continue
         if line.event == "rolled-back" and line.after in stack:
             stack = stack[: stack.index(line.after)]
@@ -166,9 +167,16 @@ def about(known: Sequence[Line], version: str, run_id: str) -> list[Line]:
     return found
 
 
-def override(known: Sequence[Line], version: str) -> Line | None:
-    """The latest override that lets this version be promoted."""
-    return next((line for line in reversed(known) if (line.event, line.after) == ("override", version)), None)
+def override(known: Sequence[Line], version: str, run_id: str) -> Line | None:
+    """The latest override that lets this very version be promoted."""
+    ours = about(known, version, run_id)
+    return next((line for line in reversed(ours) if line.event == "override"), None)
+
+
+def was_champion(known: Sequence[Line], version: str, run_id: str) -> bool:
+    """Whether this very version was champion, and not put back since."""
+    ours = about(known, version, run_id)
+    return version in champions(known) and any(line.event in HELD for line in ours)
 
 
 def broken(known: Sequence[Line]) -> str | None:

@@ -75,11 +75,10 @@ def same_engine(one: Engine, other: Engine) -> bool:
 
 def unmeasurable(champion: Champion, candidate: Engine) -> str | None:
     """Why the champion cannot be measured beside the candidate here; None when it can."""
-    here, there = candidate.plan, champion.engine.plan
-    name = f"version {champion.version.version}"
-    model, number = champion.version.model, champion.version.version
-    if champion.version.gate != "passed" and not ledger.override(ledger.lines(model), number):
-        return f"{name} carries the alias with gate={champion.version.gate}; remove the alias"
+    here, there, ours = candidate.plan, champion.engine.plan, champion.version
+    name, known = f"version {ours.version}", ledger.lines(ours.model)
+    if ours.gate != "passed" and not ledger.override(known, ours.version, ours.run_id):
+        return f"{name} carries the alias with gate={ours.gate}; remove the alias"
     if labels(champion.engine) != labels(candidate):
         return f"{name} has other labels: {', '.join(labels(champion.engine))}"
     for what in ("runtime", "version", "device"):

@@ -142,6 +142,19 @@ def test_a_model_that_was_made_again_has_other_versions_of_the_same_numbers(data
         assert told[-1].facts == {"place": run}
 
 
+def test_what_was_allowed_a_version_is_not_allowed_another_of_its_number(database: str) -> None:
+    allowed = ledger.append("m", "override", actor="Ada", after="1", run_id="old", reason="small enough")
+    promoted("m", None, "1")
+    known = ledger.lines("m")
+    assert ledger.override(known, "1", "old") == allowed
+    assert ledger.was_champion(known, "1", "old")
+    ledger.append("m", "refused", actor="test", after="1", run_id="new")
+    known = ledger.lines("m")
+    assert ledger.override(known, "1", "old") == allowed
+    assert ledger.override(known, "1", "new") is None
+    assert not ledger.was_champion(known, "1", "new")
+
+
 CONTENDER = """
 def append(mine, against):
     against = None if against == "-" else against
