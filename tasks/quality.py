@@ -109,7 +109,7 @@ def drop(
     )
     facts = {**bound(sign > 0, "points" if how.points else how.name), **found.facts}
     facts |= {"candidate": found.candidate, "reference": found.reference}
-    if found.bounded:
+    if found.telling:
         facts |= dict(zip(("detectable", "detectable_interval"), found.detectable, strict=True))
     ends = (low, high) if found.bounded else None
     return Rule(name, passed, sentence, change, -sign * allowed, ends, facts)
@@ -141,10 +141,10 @@ def sensitivity(
 
     What they can tell is an estimate and stated as its interval. A set of which all of it is above what is
     allowed is too coarse: chance decides, and a pass does not count. Where the limit lies within, coarseness
-    explains a refusal and leaves a pass alone. A set whose interval has no bounds is always too coarse.
+    explains a refusal and leaves a pass alone. A set that can tell none is always too coarse.
     """
-    if not found.bounded:
-        return _unbounded(name, rows, found, how, allowed, gate)
+    if not found.telling:
+        return _nothing_told(name, rows, found, how, allowed, gate)
     value, ends = found.detectable
     worst = found.difference[0] if how.higher_is_better else -found.difference[1]
     coarse = ends[0] > allowed or (value > allowed and worst <= -allowed)
@@ -162,14 +162,22 @@ def sensitivity(
     return Rule(name, passed, sentence, value, allowed, ends, {"examples": rows[0], "coarse": coarse})
 
 
-def _unbounded(
+def _nothing_told(
     name: str, rows: tuple[int, str], found: Comparison, how: Metric, allowed: float, gate: Gate
 ) -> Rule:
     rare = found.facts.get("rarest")
-    cure = f"of which only {rare[1]} are of class {rare[0]!r}: take more of these" if rare else "take more"
+    if rare and found.bounded:
+        why = f"rests on the {rare[1]} of class {rare[0]!r}: take at least {statistics.FEW} of these"
+    elif rare:
+        why = (
+            "is undefined on some random samples of them, "
+            f"of which only {rare[1]} are of class {rare[0]!r}: take more of these"
+        )
+    else:
+        why = "is undefined on some random samples of them, take more"
     sentence = (
-        f"{rows[0]} {rows[1]} can tell no drop of {how.name} from noise: too coarse, it is undefined on some "
-        f"random samples of them, {cure}, or another metric{_warning(gate)}"
+        f"{rows[0]} {rows[1]} can tell no drop of {how.name} from noise: too coarse, it {why}, "
+        f"or another metric{_warning(gate)}"
     )
     facts = {"examples": rows[0], "coarse": True}
     return Rule(name, gate.on_coarse == "warn", sentence, None, allowed, None, facts)
@@ -237,17 +245,27 @@ def compare(measurements: Measurements, reference: str, how: Metric, gate: Gate,
     values = [partial(_value, measurements, name, how) for name in (CANDIDATE, reference)]
     changed = np.asarray(ours.predictions) != np.asarray(theirs.predictions)
     count, differing = len(changed), int(changed.reshape(len(changed), -1).any(axis=1).sum())
-    found = statistics.compare_statistic(values[0], values[1], count, differing, gate.confidence, seed)
-    if found.bounded or how.takes not in ("label", "probability"):
+    name, rarest = _rarest(measurements) if how.takes in ("label", "probability") else (None, None)
+    found = statistics.compare_statistic(
+        values[0],
+        values[1],
+        count,
+        differing,
+        gate.confidence,
+        seed,
+        rarest if how.takes == "probability" else None,  # other metrics' intervals hold (docs/gate.md)
+    )
+    if found.telling or rarest is None:
         return found
-    return replace(found, facts={**found.facts, "rarest": _rarest(measurements)})
+    return replace(found, facts={**found.facts, "rarest": (name, len(rarest))})
 
 
-def _rarest(measurements: Measurements) -> tuple[Any, int]:
-    """The class of fewest examples and their number."""
-    classes, counts = np.unique(np.asarray(measurements.references), return_counts=True)
+def _rarest(measurements: Measurements) -> tuple[Any, Any]:
+    """The class of fewest examples and their rows."""
+    references = np.asarray(measurements.references)
+    classes, counts = np.unique(references, return_counts=True)
     rare, labels = classes[counts.argmin()].item(), dict(enumerate(measurements.facts.get("labels", ())))
-    return labels.get(rare, rare), int(counts.min())
+    return labels.get(rare, rare), np.flatnonzero(references == rare)
 
 
 def _value(measurements: Measurements, engine: str, how: Metric, rows: Any) -> float:

@@ -22,6 +22,7 @@ Ends = tuple[float, float]
 UNBOUNDED: Ends = (-math.inf, math.inf)
 DRAWS = 2000
 CHUNK = 2_000_000  # resampled values held at once
+FEW = 50  # examples of a class: fewer leave the interval of what rests on them too narrow (docs/gate.md)
 
 
 def normal_quantile(confidence: float) -> float:
@@ -143,6 +144,17 @@ def nothing_differs(estimate: float, n: int, span: float, confidence: float) -> 
     return estimate - half, estimate + half
 
 
+def rests_on(statistic: Callable[[Any], float], chosen: Array, n: int, seed: int, error: float) -> bool:
+    """Whether most of a statistic's variance is that of the `chosen` rows, drawn again beside the others."""
+    generator, rows = np.random.default_rng(seed), np.arange(n)
+
+    def again() -> float:
+        rows[chosen] = generator.choice(chosen, len(chosen))
+        return _drawn(statistic, rows)
+
+    return float(np.var([again() for _ in range(DRAWS // 10)], ddof=1)) > error**2 / 2
+
+
 def mean_interval(values: Array, confidence: float, seed: int) -> tuple[float, Ends]:
     """The mean of some scores and its interval."""
     if np.isin(values, (0.0, 1.0)).all():
@@ -237,7 +249,7 @@ class Comparison:
     """Candidate against reference on the same examples; every value in the metric's own direction.
 
     `detectable`: the least `max_drop` that these examples can tell from noise (`smallest_drop_counts`), and
-    between which values it is beyond doubt.
+    between which values it is beyond doubt; infinite where they can tell none.
     """
 
     candidate: float
@@ -250,7 +262,12 @@ class Comparison:
     @property
     def bounded(self) -> bool:
         """Whether these examples bound the difference at all."""
-        return all(map(math.isfinite, (*self.difference, *self.detectable[1])))
+        return all(map(math.isfinite, self.difference))
+
+    @property
+    def telling(self) -> bool:
+        """Whether these examples can tell any drop from noise."""
+        return all(map(math.isfinite, self.detectable[1]))
 
 
 def compare_scores(candidate: Array, reference: Array, confidence: float, seed: int) -> Comparison:
@@ -290,19 +307,29 @@ def compare_statistic(
     differing: int,
     confidence: float,
     seed: int,
+    rarest: Array | None = None,
 ) -> Comparison:
     """A metric of all examples at once: `candidate(rows)` and `reference(rows)` on resampled rows.
 
     Only the `differing` examples tell the two apart, so the percentiles are expanded as for so many values.
+    No drop can be told where the difference rests on FEW examples, those of the `rarest` class.
     """
     rows = np.arange(n)
     now, base = candidate(rows), reference(rows)
     wide = _expanded(confidence, max(2, differing))
-    ends, error = bootstrap_statistic(lambda rows: candidate(rows) - reference(rows), n, wide, seed)
+
+    def difference(rows: Any) -> float:
+        return candidate(rows) - reference(rows)
+
+    ends, error = bootstrap_statistic(difference, n, wide, seed)
     error = _beyond_rounding(error, base)
+    few = rarest if rarest is not None and len(rarest) < FEW else None
     if error == 0:
-        ends = nothing_differs(now - base, n, max(1.0, abs(base)), confidence)
+        carrying = n if few is None else len(few)
+        ends = nothing_differs(now - base, carrying, max(1.0, abs(base)), confidence)
     detectable = smallest_drop(now - base, ends, error, 2 * max(1, differing), confidence)
+    if few is not None and math.isfinite(error) and rests_on(difference, few, n, seed, error):
+        detectable = (math.inf, (math.inf, math.inf))
     ratio = _scaled(ends, base) if base else (math.nan, math.nan)
     return Comparison(now, base, ends, ratio, detectable, {"method": "percentile bootstrap"})
 

@@ -241,6 +241,7 @@ def test_a_metric_of_the_whole_set_and_its_floor() -> None:
     assert [rule(verdict, name).passed for name in names] == [True, True, True, False]
 
 
+WORD = "python_own_area_area"
 AREA = """
 import numpy as np
 
@@ -278,11 +279,10 @@ def ranked(name: str, positives: int, n: int, noise: float = 0.0) -> Measurement
 def test_too_few_of_a_class_to_resample_pass_nothing_and_say_so(area: str, on_coarse: Any) -> None:
     section = Gate(metric=area, max_drop=0.5, min_ratio=0.1, on_coarse=on_coarse)
     verdict = judge(ranked(area, 4, 200, noise=0.3), section)
-    word = "python_own_area_area"
     assert [(rule.name, rule.passed) for rule in verdict.rules[1:]] == [
-        (f"{word}_vs_baseline", False),
-        (f"{word}_ratio_vs_baseline", False),
-        (f"{word}_sensitivity_vs_baseline", on_coarse == "warn"),
+        (f"{WORD}_vs_baseline", False),
+        (f"{WORD}_ratio_vs_baseline", False),
+        (f"{WORD}_sensitivity_vs_baseline", on_coarse == "warn"),
     ]
     assert "interval without bounds" in verdict.rules[1].sentence
     assert verdict.rules[3].sentence.startswith(
@@ -294,11 +294,38 @@ def test_too_few_of_a_class_to_resample_pass_nothing_and_say_so(area: str, on_co
 
 @pytest.mark.parametrize("area", ["float('nan')"], indirect=True)
 def test_enough_of_each_class_are_judged_as_ever(area: str) -> None:
-    found = rule(
-        judge(ranked(area, 60, 200), Gate(metric=area, max_drop=0.05)), "python_own_area_area_vs_baseline"
-    )
+    found = rule(judge(ranked(area, 60, 200), Gate(metric=area, max_drop=0.05)), f"{WORD}_vs_baseline")
     assert found.passed
     assert found.interval == pytest.approx((-0.0189, 0.0189), abs=1e-3)
+
+
+@pytest.mark.parametrize("on_coarse", ["refuse", "warn"])
+@pytest.mark.parametrize("area", ["float('nan')"], indirect=True)
+def test_a_difference_that_rests_on_few_of_a_class_says_so(area: str, on_coarse: Any) -> None:
+    """At a limit of 3.5 points 9 of 100 such candidates passed that were worse by as much."""
+    section = Gate(metric=area, max_drop=0.5, on_coarse=on_coarse)
+    for positives, told in ((30, False), (49, False), (50, True)):
+        verdict = judge(ranked(area, positives, 400, noise=0.4), section)
+        assert rule(verdict, f"{WORD}_vs_baseline").interval is not None
+        sensitivity = rule(verdict, f"{WORD}_sensitivity_vs_baseline")
+        assert sensitivity.passed == (told or on_coarse == "warn")
+        if not told:
+            assert sensitivity.sentence.startswith(
+                f"400 examples can tell no drop of {area} from noise: too coarse, it rests on "
+                f"the {positives} of class 'rare': take at least 50 of these, or another metric"
+            )
+        assert b"nfinity" not in verdict_bytes(verdict)
+
+
+@pytest.mark.parametrize("area", ["float('nan')"], indirect=True)
+def test_few_of_a_class_that_nothing_tells_apart_leave_a_width(area: str) -> None:
+    found = rule(judge(ranked(area, 20, 2000), Gate(metric=area, max_drop=0.05)), f"{WORD}_vs_baseline")
+    assert found.interval == pytest.approx((-0.1611, 0.1611), abs=1e-3)
+
+
+def test_few_of_a_class_do_not_matter_where_the_metric_does_not_rest_on_them() -> None:
+    found = judge(ranked("neg_log_loss", 10, 2000, noise=0.02), Gate(metric="neg_log_loss", max_drop=0.05))
+    assert rule(found, "neg_log_loss_sensitivity_vs_baseline").passed
 
 
 @pytest.mark.parametrize("area", ["float('nan')"], indirect=True)
