@@ -96,6 +96,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
             f"--checkpoint: {source} is not pruned or quantized, and this model's recipe does neither; give "
             "a folder with modelopt_state.pth, or a recipe that compresses (--recipe)"
         )
+    lineage.check_inputs(champion, recipe, given=source is not None)
     found = {"data": content(recipe.data)}
     if source:
         found["checkpoint"] = fingerprint(source)

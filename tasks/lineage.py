@@ -12,9 +12,12 @@ from typing import Any
 
 import recipes
 from recipes import Recipe
-from tasks import registry, registry_engine, store
+from tasks import load, registry, registry_engine, store
 from tasks.artifacts import Blob, Checkpoint, Dataset, Engine, OnnxModel, Version
 from tasks.errors import InputError
+
+KEYS = {"type": "task", **{name: f"data.image.{name}" for name in ("shape", "scale", "mean", "std")}}
+"""Where the recipe says what `settings.json` says under these names; the others are of `data`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,23 @@ def found(version: Version) -> dict[str, str]:
     """What data, starting weights and a metric function of the user's own were, as digests."""
     digests: dict[str, str] = manifest(version).get("found", {})
     return digests
+
+
+def check_inputs(version: Version, recipe: Recipe, given: bool) -> None:
+    """Raise InputError where the recipe has other labels, or reads a value otherwise, than the version.
+
+    Its network goes on with the preprocessor that it has; weights that are `given` bring their own, and are
+    compared with the version's baseline, so that task, labels and shape are the version's even then.
+    """
+    before = parsed(version)
+    old, new = (load.settings(of.data, of.task) for of in (before, recipe))
+    for name in ("type", "labels", "shape") if given else sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise InputError(
+                f"{KEYS.get(name, f'data.{name}')}: {version.model} version {version.version} was made with "
+                f"{old.get(name)}, the recipe says {new.get(name)}; retrain goes on from that version: leave "
+                "it as it was, or start anew with python -m flows optimize RECIPE"
+            )
 
 
 def checkpoint(version: Version) -> Checkpoint:

@@ -118,8 +118,8 @@ def load_model(
             weights = _weights(model, content)
             head = len(data.labels) if types.load(task).REFERENCES == "labels" else 0
             module, config = checkpoints.from_pretrained(weights, task, head, seed)
-        settings = _preprocessor(model, data, task, content, folder / "preprocessor")
-        _fits(module, task, folder / "preprocessor", settings)
+        told = _preprocessor(model, data, task, content, folder / "preprocessor")
+        _fits(module, task, folder / "preprocessor", told)
         facts = {"source": model.source, "content": content, "parameters": checkpoints.parameters(module)}
         facts |= checkpoints.compression(module)
         return checkpoints.save(module, config, folder, task, facts)
@@ -127,19 +127,26 @@ def load_model(
 
 def _preprocessor(model: Model, data: Data, task: str, content: str, folder: Path) -> dict[str, Any]:
     """Write what turns a value into inputs, tokenizer and `settings.json`; returns the settings."""
-    settings: dict[str, Any] = {"type": task, "labels": list(data.labels)}
+    told = settings(data, task)
     folder.mkdir()
     if column(task) != "image":
-        settings["max_length"] = data.max_length
         _tokenizer(locate(model.tokenizer) if model.tokenizer else _weights(model, content), folder)
+    (folder / "settings.json").write_text(json.dumps(told, sort_keys=True))
+    return told
+
+
+def settings(data: Data, task: str) -> dict[str, Any]:
+    """What a version's `settings.json` says: how a value becomes inputs, and which labels come out."""
+    told: dict[str, Any] = {"type": task, "labels": list(data.labels)}
+    if column(task) != "image":
+        told["max_length"] = data.max_length
     if column(task) != "text":
         assert data.image is not None
-        settings |= data.image.model_dump(mode="json", exclude={"column"}, exclude_defaults=True)
-        settings["scale"] = data.image.scale
+        told |= data.image.model_dump(mode="json", exclude={"column"}, exclude_defaults=True)
+        told["scale"] = data.image.scale
     if data.prompt:
-        settings["prompt"] = data.prompt
-    (folder / "settings.json").write_text(json.dumps(settings, sort_keys=True))
-    return settings
+        told["prompt"] = data.prompt
+    return told
 
 
 def column(task: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+import recipes
 from tasks import lineage, registry, registry_engine, resume, store
 from tasks.errors import InputError
 from tests.conftest import WORDS, sentences
@@ -249,6 +250,30 @@ def test_what_cannot_be_retrained_is_told(second: Outcome, recipe: Path) -> None
         retrain("again", data="nowhere.jsonl")
     with pytest.raises(Exception, match="is of model digits-cnn, not of again"):
         retrain("again", recipe="digits-cnn-int8-ptq")
+
+
+OTHERWISE = ("data.max_length=8", "data.labels=[good, bad]")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (OTHERWISE[0], "data.max_length: again version .* made with 16, the recipe says 8"),
+        (OTHERWISE[1], r"data.labels: again version .* made with \['bad', 'good'\], .* start anew"),
+    ],
+)
+def test_what_the_network_goes_on_with_is_not_changed_in_silence(
+    second: Outcome, more: Path, override: str, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        retrain("again", data=str(more), overrides=[override])
+
+
+def test_weights_from_elsewhere_bring_their_own_length_and_no_other_labels(second: Outcome) -> None:
+    changed = [recipes.parse(lineage.recipe(second.version), [o], "") for o in OTHERWISE]
+    lineage.check_inputs(second.version, changed[0], given=True)
+    with pytest.raises(InputError, match="data.labels"):
+        lineage.check_inputs(second.version, changed[1], given=True)
 
 
 def test_on_a_machine_that_has_only_the_registry(
