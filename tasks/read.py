@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import tarfile
 from pathlib import Path
@@ -50,33 +51,34 @@ def table_of(data: Data, content: str, labelled: bool = True) -> tuple[pyarrow.T
     import pyarrow
 
     datasets.disable_progress_bars()
+    tables: list[tuple[str, pyarrow.Table]]  # files of several folders may have the same name
     if data.query is not None:
-        tables = {"query": query.result(data.query, parquet(data))}
+        tables = [("query", query.result(data.query, parquet(data)))]
     elif data.source.startswith("hub:"):
         parts = datasets.load_dataset(
             data.source.removeprefix("hub:"), revision=content, data_files=list(data.files) or None
         )
-        tables = {name: part.data.table for name, part in parts.items()}
+        tables = [(name, part.data.table) for name, part in parts.items()]
     elif data.format == "imagefolder":
-        tables = _folder_of_images(data)
+        tables = [_folder_of_images(data)]
     else:
         with store.staging() as scratch:
             found = _files(data, scratch)
-            tables = {
-                file.name.split(".")[0]: _beside(_parse(file, data, scratch), data, file) for file in found
-            }
-    lengths = {name: len(table) for name, table in tables.items()}
-    if not sum(lengths.values()):
+            tables = [
+                (file.name.split(".")[0], _beside(_parse(file, data, scratch), data, file)) for file in found
+            ]
+    files = [name for name, part in tables for _ in range(len(part))]
+    if not files:
         raise InputError(f"data.source {data.source}: the data is empty")
     if data.image is None or data.image.column:  # only what is used, so that files may differ in the rest
-        tables = {name: _used(part, data, name, labelled) for name, part in tables.items()}
+        tables = [(name, _used(part, data, name, labelled)) for name, part in tables]
     try:
-        table = pyarrow.concat_tables(tables.values(), promote_options="permissive")
+        table = pyarrow.concat_tables([part for _, part in tables], promote_options="permissive")
     except pyarrow.ArrowTypeError as error:
         raise InputError(
             f"data.files: the files of {data.source} disagree on a column's type: {error}"
         ) from error
-    return table, [name for name, length in lengths.items() for _ in range(length)]
+    return table, files
 
 
 def _beside(table: pyarrow.Table, data: Data, file: Path) -> pyarrow.Table:
@@ -92,7 +94,7 @@ def _beside(table: pyarrow.Table, data: Data, file: Path) -> pyarrow.Table:
     return table.set_column(table.column_names.index(name), name, pyarrow.array(places))
 
 
-def _folder_of_images(data: Data) -> dict[str, pyarrow.Table]:
+def _folder_of_images(data: Data) -> tuple[str, pyarrow.Table]:
     """Every image below the source as one table: `image` (its path), and its folder's name as `label`."""
     import pyarrow
 
@@ -104,7 +106,7 @@ def _folder_of_images(data: Data) -> dict[str, pyarrow.Table]:
     if not found:
         raise InputError(f"data.source: no image ({', '.join(PICTURES)}) below {place}")
     columns_ = {"image": [str(file) for file in found], "label": [file.parent.name for file in found]}
-    return {place.name: pyarrow.table(columns_)}
+    return place.name, pyarrow.table(columns_)
 
 
 def _files(data: Data, scratch: Path) -> list[Path]:
@@ -150,7 +152,11 @@ def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
         raise InputError(f"{file}: the file is empty")
     try:
         loaded = load_dataset(
-            kind, data_files=[str(file)], split="train", cache_dir=scratch / "cache", **data.read
+            kind,
+            data_files=[glob.escape(str(file))],  # else `*` or `[1]` in a name would be a pattern
+            split="train",
+            cache_dir=scratch / "cache",
+            **data.read,
         )
     except Exception as error:  # datasets wraps pandas' and pyarrow's errors in several classes of its own
         if "corresponds to no data" in str(error):

@@ -75,6 +75,17 @@ def test_further_columns_are_kept_for_the_gate(fresh_home: Path, tmp_path: Path)
     assert set(load.rows(dataset, "test")["file"]) == {"rows"}
 
 
+def test_every_file_is_read_and_no_other(fresh_home: Path, tmp_path: Path) -> None:
+    """Shards share what stands before the first dot, folders of a partition their files' whole name."""
+    parts = ("part.0.csv", "part.1.csv", "a/rows[0].csv", "b/rows[0].csv", "b/rows*.csv")
+    for k, name in enumerate(parts):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(["text,label", *ROWS[8 * k : 8 * (k + 1)]]) + "\n")
+    dataset = loaded(section(tmp_path, files=("**/*.csv",)))
+    assert (dataset.facts["rows_read"], dataset.facts["rows_repeated"]) == (len(ROWS), 0)
+    assert set(load.rows(dataset, "train")["file"]) == {"part", "rows[0]", "rows*"}
+
+
 def test_labels_from_numbers_leave_out_what_is_near_the_cut(fresh_home: Path, tmp_path: Path) -> None:
     rows = [f"sentence {k},{k - 20}" for k in range(41)]
     rule = {"column": "rating", "cut": 0, "margin": 5}
