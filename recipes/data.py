@@ -66,9 +66,9 @@ class Data(Section):
     """Rows: a file, a folder, a package or a hub data set, and how to read it.
 
     `format: imagefolder` is a folder of images, a subfolder per label (columns `image` and `label`).
-    `keep` names further columns, for the gate's floors. `query` is SQL (DuckDB's) over Parquet files, which
-    it sees as the table `rows`; its result is the data, whatever else the files hold. `prompt` makes an
-    image's text of its label: `a photo of a {label}`.
+    `keep` names further columns, for the gate's floors, to which every value is a text. `query` is SQL
+    (DuckDB's) over Parquet files, which it sees as the table `rows`; its result is the data, whatever else
+    the files hold. `prompt` makes an image's text of its label: `a photo of a {label}`.
     """
 
     source: Source

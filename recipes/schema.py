@@ -178,6 +178,11 @@ class Recipe(Section):
             self._pair_fits()
         elif getattr(self.data, needs.column) is None:
             raise ValueError(f"task {self.task} needs data.{needs.column}")
+        if taken := {needs.column, "label", "file"}.intersection(self.data.keep):
+            raise ValueError(
+                f"data.keep: {', '.join(sorted(taken))}: every row is kept with its {needs.column}, label "
+                "and file; leave it out, or rename it where it is another column (data.query)"
+            )
         if needs.labels and self.data.label is None:
             raise ValueError(f"task {self.task} needs data.label and data.labels")
         if not needs.labels and needs.column != "pair" and self.data.label is not None:

@@ -56,7 +56,7 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
     if not unique:
         raise InputError(f"data.source {data.source}: no row is left with {inputs} and what else it needs")
     parts = _split([(k, values[k]) for k in unique], data.split)
-    extra = {name: columns.column(table, name, "data.keep") for name in data.keep}
+    extra = {name: list(map(str, columns.column(table, name, "data.keep"))) for name in data.keep}
     with store.staging() as folder:
         for part, rows in parts.items():
             _write(

@@ -35,6 +35,11 @@ def test_a_recipe_is_frozen() -> None:
         ("model.name=a b", ["model.name", "'a b'"]),
         ("model.tokenizer=hub:org/name", ["hub:org/name is no folder here", "package:NAME/FOLDER"]),
         ("data.image=null", ["needs data.image"]),
+        (
+            "data.keep=[language, image]",
+            ["data.keep: image: every row is kept with its image,", "data.query"],
+        ),
+        ("data.keep=[label, file]", ["data.keep: file, label: "]),
         ("build.also=[onnxruntime]", ["names the target runtime onnxruntime again"]),
         ("benchmark.batch_sizes=[128]", ["beyond build.max_batch"]),
         ("finetune=null", ["starts from random weights"]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,16 @@ def test_further_columns_are_kept_for_the_gate(fresh_home: Path, tmp_path: Path)
     dataset = loaded(section(table(tmp_path, rows, "text,label,language"), keep=("language",)))
     assert set(load.rows(dataset, "test")["language"]) == {"en", "de"}
     assert set(load.rows(dataset, "test")["file"]) == {"rows"}
+
+
+def test_kept_columns_of_any_kind_are_texts(fresh_home: Path, tmp_path: Path) -> None:
+    """The gate compares them as texts, and what is logged of them must be JSON."""
+    kinds = {"day": "2024-01-31 00:00:00", "tags": ["a", "b"], "stars": 5, "none": None}
+    rows = [{"text": f"sentence {k}", "label": "good" if k % 2 else "bad", **kinds} for k in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = loaded(section(tmp_path / "rows.jsonl", keep=tuple(kinds)))
+    found = {name: set(load.rows(dataset, "test")[name]) for name in kinds}
+    assert found == {name: {str(value)} for name, value in kinds.items()}
 
 
 def test_every_file_is_read_and_no_other(fresh_home: Path, tmp_path: Path) -> None:
