@@ -14,6 +14,7 @@ from recipes.data import Data, Image, Label
 from tasks import types
 from tasks.errors import InputError
 from tasks.types.image_text import prompt
+from tasks.types.images import check
 
 if TYPE_CHECKING:
     import pyarrow
@@ -110,10 +111,8 @@ def picture(value: Any, image: Image) -> np.ndarray:
     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     channels, height, width = image.shape
     if not isinstance(content, (str, bytes)):
-        array = np.asarray(content, dtype=np.float64)
-        if array.size != math.prod(image.shape) or not np.isfinite(array).all():
-            raise ValueError(f"shape {array.shape}, not {image.shape}, or not finite")
-        return array.reshape(image.shape)
+        check(content, {"shape": image.shape})  # pixels of another layout would be mixed up
+        return np.asarray(content, dtype=np.float64).reshape(image.shape)
     import PIL.Image
 
     if channels not in (1, 3):

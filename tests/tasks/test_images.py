@@ -121,10 +121,16 @@ def test_files_are_resized_and_coloured_as_the_recipe_says(pictures: Path) -> No
         ({"files": ["rows.csv"], "image": {"shape": (1, 8, 8), "column": "picture"}}, "no column 'picture'"),
         ({"files": ["rows.csv"], "image": {"shape": (2, 8, 8), "column": "image"}}, "1 or 3 channels"),
         ({"files": ["arrays.parquet"], "image": {"shape": (1, 9, 9), "column": "image"}}, r"shape \(8, 8\)"),
+        (
+            {"files": ["last.json"], "image": {"shape": (3, 4, 5), "column": "image"}},
+            r"row 1 .* expected an image of shape \(3, 4, 5\) \(channels, .*, got one of shape \(4, 5, 3\)",
+        ),
     ],
 )
 def test_bad_images_are_named(pictures: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     (pictures / "broken.csv").write_text("image,label\nrows.csv,left\n")
+    channels_last = [{"image": np.zeros((4, 5, 3)).tolist(), "label": "left"}]
+    (pictures / "last.json").write_text(json.dumps(channels_last))
     (pictures / "missing.csv").write_text("image,label\nnone.png,left\n")
     for name, content in {"cut": _png(np.uint8)[:-24], "deep": _png(np.uint16)}.items():
         (tmp_path / f"{name}.png").write_bytes(content)
