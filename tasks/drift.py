@@ -121,17 +121,25 @@ def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
 def psi(reference: Sequence[float], new: Sequence[float]) -> float:
     """Population stability index over the reference's deciles (or its values, where they are fewer).
 
-    0 is no difference; above 0.2 is usually called a shift. Empty bins count as half a row.
+    0 is no difference; above 0.2 is usually called a shift. A bin that only one side has counts as half a row
+    of the other.
     """
     old, now = np.asarray(reference, float), np.asarray(new, float)
+    edges = _edges(old)
+    counts = np.array([np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) for x in (old, now)])
+    counts = np.maximum(counts[:, counts.any(axis=0)], 0.5)
+    before, after = counts / counts.sum(axis=1, keepdims=True)
+    return float(((after - before) * np.log(after / before)).sum())
+
+
+def _edges(old: np.ndarray) -> np.ndarray:
+    """Upper ends of bins. Few values, and one that several deciles fall on, have a bin each: what is new lies
+    beside them, not among them."""
     values = np.unique(old)
-    edges = np.quantile(old, np.linspace(0, 1, BINS + 1)[1:-1]) if len(values) > BINS else values[:-1]
-    shares = []
-    for column in (old, now):
-        counts = np.bincount(np.searchsorted(np.unique(edges), column, side="left"), minlength=len(edges) + 1)
-        counts = np.maximum(counts[: len(np.unique(edges)) + 1], 0.5)
-        shares.append(counts / counts.sum())
-    return float(((shares[1] - shares[0]) * np.log(shares[1] / shares[0])).sum())
+    if len(values) <= BINS:
+        return np.union1d(values, np.nextafter(values, -np.inf))
+    deciles, times = np.unique(np.quantile(old, np.linspace(0, 1, BINS + 1)[1:-1]), return_counts=True)
+    return np.union1d(deciles, np.nextafter(deciles[times > 1], -np.inf))
 
 
 def loaded(seen: Metrics) -> dict[str, Any]:

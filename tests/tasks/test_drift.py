@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import recipes
@@ -13,7 +14,7 @@ from recipes.schema import Drift
 from tasks import load
 from tasks.build import build, host
 from tasks.calibrate import calibrate
-from tasks.drift import compare, loaded, survey
+from tasks.drift import compare, loaded, psi, survey
 from tasks.export import export
 
 
@@ -38,3 +39,28 @@ def test_the_same_rows_have_not_drifted(name: str, traits: set[str], request: py
     found = compare(seen, seen, Drift())
     assert set(found.psi) == traits
     assert all(value == pytest.approx(0) for value in found.psi.values())
+
+
+CUT = [128.0] * 280 + [float(k) for k in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("reference", "new"),
+    [
+        ([128.0] * 256, [7.0] * 400),  # every calibration text was cut
+        ([0.0] * 256, [1.0] * 400),  # every calibration row is of one class
+        ([0.0] * 256, [-1.0] * 400),
+        ([1.0, 2.0] * 128, [1.0, 3.0] * 200),
+        (CUT, [20.5] * 400),
+    ],
+)
+def test_values_that_were_never_seen_are_a_shift(reference: list[float], new: list[float]) -> None:
+    assert psi(reference, new) > 0.5
+    assert psi(reference, reference * 3) == pytest.approx(0)
+
+
+def test_deciles_tell_a_moved_mean_from_another_sample() -> None:
+    rng = np.random.default_rng(0)
+    old, other = rng.normal(size=1000), rng.normal(size=1000)
+    assert psi(old, other) < 0.05
+    assert psi(old, other + 0.7) > 0.2
