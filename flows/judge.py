@@ -49,8 +49,7 @@ def judge(attempt: Attempt) -> Outcome:
 
     # 2. Nothing new: the champion is this engine, by this recipe. An alias moved by hand is seen to first.
     agree(recipe.model.name)
-    champion, own = registry.champion(recipe.model.name), metric_code(recipe)
-    attempt = replace(attempt, found=attempt.found | ({"metric": own} if own else {}))
+    champion, own = registry.champion(recipe.model.name), attempt.found.get("metric", "")
     if champion and registry.made_by(champion, recipe, candidate, own):
         return unchanged(attempt, champion)
 
@@ -117,7 +116,8 @@ def score(
 ) -> dict[str, Metrics]:
     """The recipe's metric of each engine over the held-out rows."""
     recipe = attempt.recipe
-    metric, own, here = recipe.gate.metric, metric_code(recipe), machine(recipe.build.runtime)
+    metric, own = recipe.gate.metric, attempt.found.get("metric", "")
+    here = machine(recipe.build.runtime)
     compared = types.load(recipe.task).REFERENCES == "baseline"
     baseline = attempt.engines["baseline"] if compared else None
     return {
@@ -126,10 +126,10 @@ def score(
     }
 
 
-def metric_code(recipe: Recipe) -> str:
-    """The fingerprint of a metric of the user's own; nothing for one of ours."""
+def metric_code(recipe: Recipe) -> dict[str, str]:
+    """The fingerprint of a metric of the user's own, as `metric`; nothing for one of ours."""
     metric = recipe.gate.metric
-    return fingerprint(metric) if metric.startswith("python:") else ""
+    return {"metric": fingerprint(metric)} if metric.startswith("python:") else {}
 
 
 def measurable(champion: registry.Champion, attempt: Attempt) -> tuple[Engine | None, str | None]:

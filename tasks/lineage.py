@@ -28,6 +28,7 @@ class Latest:
     recipe: str
     data: str
     checkpoint: str
+    metric: str
 
 
 def latest(model: str) -> Latest | None:
@@ -38,7 +39,7 @@ def latest(model: str) -> Latest | None:
         return None
     newest = mlflow.get_model_version(model, str(max(int(item.version) for item in found)))
     tags = newest.tags
-    parts = (tags.get(name, "") for name in ("recipe_content", "data_content", "checkpoint_content"))
+    parts = (tags.get(f"{name}_content", "") for name in ("recipe", "data", "checkpoint", "metric"))
     return Latest(registry.version_of(newest, model), *parts)
 
 

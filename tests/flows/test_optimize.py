@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -118,6 +119,8 @@ def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: 
 def test_an_edited_metric_function_is_judged_again(
     digits: Outcome, optimize: Optimize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from flows.retrain import retrain
+
     monkeypatch.syspath_prepend(tmp_path)
 
     def judged(value: float) -> tuple[Outcome, set[str]]:
@@ -134,6 +137,12 @@ def test_an_edited_metric_function_is_judged_again(
     assert fresh == {"evaluate", "gate"}
     assert "python:own_metric:score" in edited.attempt.verdict.rules[1].sentence
     assert edited.attempt.verdict.rules[1].facts["candidate"] == 0.75
+    assert retrain("digits-own-metric").verdict == "unchanged"
+    with (tmp_path / "own_metric.py").open("a") as file:
+        file.write("# edited")
+    monkeypatch.setattr("flows.retrain.load_data", Mock(side_effect=InputError("it goes on")))
+    with pytest.raises(InputError, match="it goes on"):
+        retrain("digits-own-metric")
 
 
 def test_a_refused_candidate_is_logged_and_gets_no_alias(digits: Outcome, optimize: Optimize) -> None:
