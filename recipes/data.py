@@ -90,6 +90,8 @@ class Data(Section):
     def _labels_together(self) -> Data:
         if self.label is not None and len(self.labels) < 2:
             raise ValueError("labels: name the classes of `label`, at least two")
+        if twice := sorted({name for name in self.labels if self.labels.count(name) > 1}):
+            raise ValueError(f"labels: {', '.join(twice)} is named more than once")
         if self.label is None and self.labels:
             raise ValueError("labels are named and no `label` says where they are; add it")
         if self.prompt is not None and (self.label is None or "{label}" not in self.prompt):

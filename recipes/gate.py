@@ -37,7 +37,7 @@ class Gate(BaseModel):
     max_forgetting: Annotated[float, Field(gt=0)] | None = None
     """Allowed worsening against the champion on its own, previous held-out rows, in the metric's unit."""
     floors: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Least metric per slice: {label: {positive: 0.8}} or {any column: {its value: 0.8}}."""
+    """Least metric per slice, by label, file or a column of data.keep: {label: {positive: 0.8}}."""
     max_size_ratio: Ratio | None = None
     """Bytes of candidate / baseline."""
     max_memory_ratio: Ratio | None = None

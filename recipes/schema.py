@@ -164,6 +164,7 @@ class Recipe(Section):
             )
         if not (self.gate.max_drop or self.gate.min_ratio or self.gate.floors):
             raise ValueError("gate: nothing holds the quality; set max_drop, min_ratio or floors")
+        self._slices_are_known()
         if max(self.benchmark.batch_sizes) > self.build.max_batch:
             raise ValueError("benchmark.batch_sizes goes beyond build.max_batch")
         sizes = self.deploy.triton.preferred_batch_sizes if self.deploy and self.deploy.triton else ()
@@ -172,6 +173,20 @@ class Recipe(Section):
         if self.deploy and self.model.name == "triton":
             raise ValueError("model.name: triton is the serving folder's own; take another name")
         return self
+
+    def _slices_are_known(self) -> None:
+        """A floor on a slice that there is not would hold nothing."""
+        labels = self.data.labels
+        known = ("label", "file", *self.data.keep) if labels else ("file", *self.data.keep)
+        for column, values in self.gate.floors.items():
+            if column not in known:
+                raise ValueError(
+                    f"gate.floors: {column!r} is not one of {', '.join(known)}; name it in data.keep"
+                )
+            if column == "label" and (unknown := sorted(values.keys() - set(labels))):
+                raise ValueError(
+                    f"gate.floors.label: {', '.join(unknown)} is not among data.labels, {', '.join(labels)}"
+                )
 
     def _task_fits(self, needs: Needs) -> None:
         if needs.column == "pair":

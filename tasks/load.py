@@ -56,6 +56,9 @@ def load_data(data: Data, task: str, content: str) -> Dataset:
     if not unique:
         raise InputError(f"data.source {data.source}: no row is left with {inputs} and what else it needs")
     parts = _split([(k, values[k]) for k in unique], data.split)
+    given = {data.labels[labels[k]] for k in parts["train"]} if data.labels else set()
+    if len(given) == 1:
+        raise InputError(f"data.label: every training row is {given.pop()!r}; give rows of other labels, too")
     extra = {name: list(map(str, columns.column(table, name, "data.keep"))) for name in data.keep}
     with store.staging() as folder:
         for part, rows in parts.items():

@@ -117,6 +117,11 @@ def test_labels_from_numbers_leave_out_what_is_near_the_cut(fresh_home: Path, tm
         (ROWS, {"split": {"train": 35, "test": 10}}, r"asks for 35 \+ 10 rows, the data has 40"),
         (ROWS, {"split": {"train": 20, "test": 10, "calibration": 21}}, "more than train"),
         (ROWS, {"label": {"column": "label", "cut": 0}}, "no finite number in column 'label'"),
+        (
+            [f"sentence {k},good" for k in range(40)],
+            {},
+            "every training row is 'good'; give rows of other",
+        ),
         (ROWS, {"read": {"seperator": ";"}}, "cannot be read as csv"),
         (ROWS, {"files": ["*.parquet"]}, "matches"),
     ],
