@@ -345,11 +345,21 @@ def _own(target: str, task: str, labels: int) -> nn.Module:
     module, _, name = target.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"model.source: python:{target} cannot be imported: {error}") from error
-    net = layers.plain(function(labels))
+    except Exception as error:  # the user's module raises what it likes
+        raise InputError(
+            f"model.source: python:{target} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        net = function(labels)
+    except OSError:  # a lost connection, which may pass by itself
+        raise
+    except Exception as error:
+        raise InputError(
+            f"model.source: python:{target} raised {type(error).__name__} for {labels} labels: {error}"
+        ) from error
     if not isinstance(net, nn.Module):
         raise InputError(
             f"model.source: python:{target} returned {type(net).__name__}, not a torch.nn.Module"
         )
+    net = layers.plain(net)
     return net if isinstance(net, PreTrainedModel) else Plain(net)

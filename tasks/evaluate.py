@@ -36,7 +36,9 @@ def check(gate: Gate, task: str, classes: int) -> None:
             raise InputError(f"gate.{key}: {getattr(gate, key)} is more than all of it; 2 points are 0.02")
     rows, references = kind.trial(classes)
     try:
-        how.value(kind.predictions(rows, how.takes), references)
+        predictions = kind.predictions(rows, how.takes)
+        how.value(predictions, references)
+        metrics.scores(how, predictions, references)
     except Exception as error:  # scikit-learn's and the user's own functions raise what they like
         what = f"{classes} classes" if classes else task
         raise InputError(f"gate.metric: {gate.metric} cannot judge {what}: {error}") from error

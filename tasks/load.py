@@ -175,10 +175,11 @@ def _fits(module: nn.Module, task: str, preprocessor: Path, settings: dict[str, 
         with torch.no_grad():
             inputs = {name: torch.from_numpy(array) for name, array in example.items()}
             shape = tuple(kind.forward(module.eval(), inputs).shape)
-    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # the user's network raises what it likes
         shapes = {name: array.shape for name, array in example.items()}
         raise InputError(
-            f"model.source: the network cannot take this recipe's inputs {shapes}: {error}"
+            f"model.source: the network cannot take this recipe's inputs {shapes}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     if problem := kind.wrong(shape, settings):
         raise InputError(f"model.source: {problem}")

@@ -55,6 +55,11 @@ def scores(metric: Metric, predictions: Any, references: Any) -> tuple[float, ..
     if metric.scores is None:
         return None
     values = np.asarray(metric.scores(np.asarray(predictions), np.asarray(references)), dtype=float)
+    if values.shape != (len(references),):
+        raise InputError(
+            f"metric {metric.name!r}: {len(references)} examples have scores of shape {values.shape}; "
+            "return one number per example"
+        )
     return tuple(values.tolist())
 
 
@@ -166,18 +171,26 @@ def _python(name: str) -> Metric:
     module, _, attribute = name.removeprefix("python:").partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as problem:
+    except Exception as problem:  # the user's module raises what it likes
         raise InputError(
-            f"metric {name!r}: {problem}. Write python:package.module:function, importable from here."
+            f"metric {name!r}: {type(problem).__name__}: {problem}. Write python:package.module:function, "
+            "importable from here."
         ) from problem
     options = {
         key: getattr(function, key)
         for key in ("takes", "higher_is_better", "points")
         if hasattr(function, key)
     }
+
+    def called(predictions: Any, references: Any) -> Any:
+        try:
+            return function(predictions, references)
+        except Exception as problem:
+            raise InputError(f"metric {name!r} raised {type(problem).__name__}: {problem}") from problem
+
     if getattr(function, "per_example", False):
-        return _mean(name, function, **{"points": False, **options})
-    return Metric(name, lambda p, r: float(function(p, r)), **{"points": False, **options})
+        return _mean(name, called, **{"points": False, **options})
+    return Metric(name, lambda p, r: float(called(p, r)), **{"points": False, **options})
 
 
 def _sklearn(name: str) -> Metric:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,31 @@ def test_a_network_and_data_of_different_shapes(image: Any) -> None:
     data = image.data.model_copy(update={"image": image.data.image.model_copy(update={"shape": (1, 1, 64)})})
     with pytest.raises(InputError, match=r"cannot take this recipe's inputs.*\(1, 1, 1, 64\)"):
         load.load_model.fn(image.model, data, "image-classification", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("undefined", "odd_network:build cannot be imported: NameError: name 'undefined' is not defined"),
+        ("def build(): pass", "odd_network:build raised TypeError for 10 labels: .* 0 positional arguments"),
+        ("def build(labels): pass", "returned NoneType, not a torch.nn.Module"),
+        (
+            "from torch import nn\nclass build(nn.Linear):\n"
+            "  def __init__(self, labels): super().__init__(64, labels)\n"
+            "  def forward(self, pixels): return {}['logits']",
+            "cannot take this recipe's inputs .*: KeyError: 'logits'",
+        ),
+    ],
+)
+def test_what_a_network_of_ones_own_does_wrong_is_told(
+    image: Any, text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_network.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_network", raising=False)
+    with pytest.raises(InputError, match=words):
+        own = Model(name="x", source="python:odd_network:build")
+        load.load_model.fn(own, image.data, "image-classification", "", 0)
 
 
 def test_training_that_diverges_is_refused(image: Any) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn
 
+from recipes.gate import Gate
 from tasks.errors import InputError
+from tasks.evaluate import check
 from tasks.metrics import OWN, metric, scores
 
 
@@ -110,6 +114,29 @@ def test_a_function_of_ones_own() -> None:
 def test_a_function_that_is_not_there(name: str) -> None:
     with pytest.raises(InputError, match=r"python:package\.module:function"):
         metric(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def score(p, r)", "SyntaxError: expected ':'"),
+        ("undefined", "NameError: name 'undefined' is not defined"),
+        ("def score(p, r): raise KeyError('x')", "score' raised KeyError: 'x'"),
+        ("def score(p, r): return 1.0\nscore.per_example = True", r"of shape \(\); return one number per"),
+        (
+            "def score(p, r): return [1.0]\nscore.per_example = True",
+            r"4 examples have scores of shape \(1,\)",
+        ),
+    ],
+)
+def test_what_a_function_does_wrong_is_told_before_training(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_metric.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_metric", raising=False)
+    with pytest.raises(InputError, match=words):
+        check(Gate(metric="python:odd_metric:score", max_drop=0.1), "text-classification", 2)
 
 
 @pytest.mark.parametrize(("name", "near"), [("acuracy", "accuracy"), ("recall@0", "recall@1"), ("F1", "f1")])
