@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -59,7 +60,7 @@ def _prefect() -> str:
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """The result for programs."""
+    """The result for programs; JSON has no NaN, so a metric without a finite value is null."""
     return {
         "verdict": outcome.verdict,
         "recipe": outcome.recipe,
@@ -67,7 +68,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "version": outcome.version.version,
         "alias": outcome.version.alias,
         "reasons": list(outcome.reasons),
-        "metrics": outcome.metrics,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in outcome.metrics.items()},
         "run_id": outcome.version.run_id,
         "manifest": outcome.version.manifest,
     }
