@@ -26,20 +26,47 @@ def fold(model: onnx.ModelProto) -> None:
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
         graph.node.remove(node)
+    _without_aliases(graph)
     stored = {tensor.name: tensor for tensor in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in stored]:
         axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
         weight, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input)
-        folded = quantize_weight(weight, scale, zero, axis)
-        name = f"{node.input[0]}{STORED}"
-        graph.initializer.append(numpy_helper.from_array(folded, name))
+        name = _store(stored, f"{node.input[0]}{STORED}", quantize_weight(weight, scale, zero, axis))
         for user in graph.node:
             user.input[:] = [name if item == node.output[0] else item for item in user.input]
         graph.node.remove(node)
     used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    kept = [tensor for tensor in stored.values() if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _without_aliases(graph: onnx.GraphProto) -> None:
+    """Who takes a stored tensor through Identity takes the tensor: the exporter stores equal ones once.
+
+    They are those of layers that share a weight, or of one that runs more than once.
+    """
+    stored = {tensor.name for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    aliases = [node for node in graph.node if node.op_type == "Identity" and node.input[0] in stored]
+    sources = {node.output[0]: node.input[0] for node in aliases if node.output[0] not in outputs}
+    for node in graph.node:
+        node.input[:] = [sources.get(name, name) for name in node.input]
+    for node in aliases:
+        if node.output[0] in sources:
+            graph.node.remove(node)
+
+
+def _store(stored: dict[str, onnx.TensorProto], name: str, values: np.ndarray) -> str:
+    """Add the values under the name, numbered where others have it; what is there already serves again."""
+    from onnx import numpy_helper
+
+    unique, number = name, 1
+    while unique in stored and not np.array_equal(numpy_helper.to_array(stored[unique]), values):
+        number += 1
+        unique = f"{name}_{number}"
+    stored[unique] = numpy_helper.from_array(values, unique)
+    return unique
 
 
 def quantize_weight(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray, axis: int) -> np.ndarray:

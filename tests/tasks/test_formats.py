@@ -274,6 +274,46 @@ def scaled(_labels: int) -> torch.nn.Module:
     return padded(Scaled)
 
 
+class Shared(torch.nn.Module):
+    """A convolution and a linear layer that run twice each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice = torch.nn.Conv2d(1, 16, 1), torch.nn.Conv2d(16, 16, 3, padding=1)
+        self.again, self.last = torch.nn.Linear(256, 256), torch.nn.Linear(256, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for _ in range(2):
+            x = torch.relu(self.twice(x))
+        x = torch.max_pool2d(x, 2).flatten(1)
+        for _ in range(2):
+            x = torch.relu(self.again(x))
+        out: torch.Tensor = self.last(x)
+        return out
+
+
+def shared(_labels: int) -> torch.nn.Module:
+    """For `python:`."""
+    return Shared()
+
+
+def test_a_weight_that_serves_twice_is_stored_once_in_int8_and_2_4(
+    image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = from_here(image, "shared", monkeypatch)
+    pruned = sparsify.fn(dense, image.dataset, Sparsify(exclude=("net.first", "net.last")))
+    candidate = calibrate.fn(pruned, image.dataset, Quantize(format="int8"))
+    model = export.fn(candidate, image.dataset, Export(), "fp32")
+    weights = [t for t in graph_of(model).graph.initializer if len(t.dims) > 1]
+    assert [t.data_type for t in weights] == 4 * [TensorProto.INT8]
+    assert {"net.twice", "net.again"} < set(model.facts["sparse_names"])
+    assert differs(image, candidate, model) < 1e-6
+    engine = build.fn(model, candidate, image.dataset, Build(), "onnxruntime", host("onnxruntime"))
+    assert engine.facts["proof"]["quantized_share"] == 1
+
+
 def test_padding_before_a_convolution_becomes_plain_and_equal() -> None:
     before = padded(SamePadding)
     inputs = torch.randn(3, 1, 8, 8)
@@ -293,7 +333,8 @@ def from_here(image: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> Che
     import types
 
     module = types.ModuleType("test_formats_networks")
-    module.same_padding, module.scaled = same_padding, scaled  # type: ignore[attr-defined]
+    functions = {"same_padding": same_padding, "scaled": scaled, "shared": shared}
+    vars(module).update(functions)
     monkeypatch.setitem(sys.modules, "test_formats_networks", module)
     network, config = checkpoints.from_function(
         f"test_formats_networks:{function}", image.dataset.type, 10, 0
