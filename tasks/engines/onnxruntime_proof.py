@@ -94,7 +94,7 @@ def _convolution(name: str, arguments: dict[str, Any], plan: onnx.ModelProto) ->
 
     The runtime renames it for its layout (`_token_N`: channels last, `_nchwc`: blocks of channels,
     padded) or after a Relu that it took in, and hides the packed weight: its shape is the plan's.
-    One that cannot be found there has 0 operations and shows up as unplaced.
+    One that cannot be found there, or whose weight is computed, has 0 operations and shows up as unplaced.
     """
     output = next(iter(arguments["output_type_shape"][0].values()))
     last = re.search(r"_token_\d+$", name)
@@ -103,11 +103,11 @@ def _convolution(name: str, arguments: dict[str, Any], plan: onnx.ModelProto) ->
     node = known.get(re.sub(r"_token_\d+$|_nchwc$", "", name))
     while node is not None and "Conv" not in node.op_type:
         node = producers.get(node.input[0])
-    if node is None:
-        return name, 0
     shapes = {tensor.name: list(tensor.dims) for tensor in plan.graph.initializer}
-    stored = [producers[i].input[0] if i in producers else i for i in node.input]
-    weight = next(shapes[i] for i in stored if len(shapes.get(i, ())) >= 3)
+    stored = [producers[i].input[0] if i in producers else i for i in (node.input if node else ())]
+    weight = next((shapes[i] for i in stored if len(shapes.get(i, ())) >= 3), None)
+    if node is None or weight is None:
+        return name, 0
     pixels = math.prod(output) // (output[-1] if last else output[1])
     return node.name, int(2 * pixels * math.prod(weight))
 

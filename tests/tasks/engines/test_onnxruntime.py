@@ -105,6 +105,15 @@ def test_a_convolution_that_stays_in_float_says_why(tmp_path: Path) -> None:
     assert whys == {"its result is wanted in float, where ConvInteger is slower than a float convolution"}
 
 
+def test_a_convolution_whose_weight_is_computed_has_no_known_work(tmp_path: Path) -> None:
+    b = Builder(0)
+    weight = b.add("Mul", b.add("ReduceMean", "pixels", keepdims=0), b.constant(b.normal(4, 1, 3, 3)))
+    logits = b.add("Flatten", b.add("Conv", "pixels", weight, kernel_shape=[3, 3], pads=[1] * 4))
+    model = b.model({"pixels": (TensorProto.FLOAT, ["batch", 1, 4, 4])}, logits, ["batch", 64])
+    proof = built(model, tmp_path, pixels()).facts["proof"]
+    assert (proof["products"], len(proof["unplaced"])) == (1, 1)
+
+
 def test_fp8_runs_rightly_in_float(tmp_path: Path) -> None:
     result = built(text(kind=TensorProto.FLOAT8E4M3FN), tmp_path, sentences())
     assert result.facts["mean_error_share"] < 0.02
