@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -115,11 +116,13 @@ class Graph:
         return None if tensor is None else tensors.array(tensor)
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        """Add an initializer (or meet an equal one of that name) and give its name."""
-        if name in self.tensors:
-            assert np.array_equal(tensors.array(self.tensors[name]), value), name
-        self.tensors[name] = tensors.made(value, name)
-        return name
+        """Add an initializer (or meet an equal one) and give its name: numbered where another one has it."""
+        for unique in itertools.chain((name,), (f"{name}.{k}" for k in itertools.count(2))):
+            held = self.array(unique)
+            if held is None or (held.dtype == value.dtype and np.array_equal(held, value)):
+                break
+        self.tensors[unique] = tensors.made(value, unique)
+        return unique
 
     def raise_opset(self, version: int) -> None:
         """Declare at least this version of the standard operators."""

@@ -97,7 +97,7 @@ def quantized(graph: Graph, pair: Pair) -> tuple[str, str]:
     zero = graph.constant(f"{pair.scale}.zero", moved(pair))
     if pair.integers:
         return pair.integers, zero
-    output = f"{pair.value}/{pair.scale}.u8"
+    output = f"{pair.value}/{zero.removesuffix('.zero')}.u8"
     if graph.producer(output) is None:
         graph.add(helper.make_node("QuantizeLinear", [pair.value, pair.scale, zero], [output]))
     return output, zero

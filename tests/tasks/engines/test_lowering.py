@@ -150,6 +150,23 @@ def test_a_pool_on_another_scale_keeps_both_roundings() -> None:
     near(run(lowered, pixels()[0]), run(model, pixels()[0]))
 
 
+def test_one_scale_may_serve_two_zero_points_and_one_bias_two_layers() -> None:
+    b = Builder(0)
+    scale, bias = b.constant(0.02), b.constant(b.normal(4))
+    parts = []
+    for zero in (np.int8(0), np.uint8(0), np.uint8(128)):
+        numbers = [scale, b.constant(zero, zero.dtype)]
+        data = b.add("DequantizeLinear", b.add("QuantizeLinear", "pixels", *numbers), *numbers)
+        product = b.add("Conv", data, b.weight(4, 1, 3, 3), bias, kernel_shape=[3, 3])
+        parts.append(b.activation(product, 0.03))
+    total = b.add("Sum", *parts)
+    model = b.model({"pixels": (TensorProto.FLOAT, ["batch", 1, 4, 4])}, total, ["batch", 4, 2, 2])
+    lowered, _ = lower(model)
+    assert operators(lowered)["QLinearConv"] == 3
+    sample = {"pixels": np.random.default_rng(0).uniform(-3, 5, (3, 1, 4, 4)).astype(np.float32)}
+    np.testing.assert_allclose(run(lowered, sample), run(model, sample), atol=0.04)
+
+
 def test_a_convolution_whose_result_is_summed_in_float_stays() -> None:
     model = image(residual=True)
     lowered, steps = lower(model)
