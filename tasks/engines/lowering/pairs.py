@@ -50,7 +50,7 @@ def drop_pairs(graph: Graph) -> None:
         if pair is None or after is None or not pair.value or len(graph.consumers(node.input[0])) > 1:
             continue
         zero = zero_point(graph, after)
-        if _equal(graph, pair.scale, after.input[1]) and zero is not None and zero == pair.zero:
+        if _equal(graph, pair.scale, after.input[1]) and zero is not None and _same_grid(zero, pair.zero):
             new = onnx.NodeProto()
             new.CopyFrom(node)
             new.input[0] = pair.value
@@ -58,11 +58,13 @@ def drop_pairs(graph: Graph) -> None:
 
 
 def _quantized_after(graph: Graph, node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The QuantizeLinear that a value runs into through nothing but selections."""
-    users = graph.consumers(node.output[0])
-    while len(users) == 1 and users[0].op_type in SELECTIONS:
-        users = graph.consumers(users[0].output[0])
-    return users[0] if len(users) == 1 and users[0].op_type == "QuantizeLinear" else None
+    """The QuantizeLinear that a value runs into, alone, through nothing but selections."""
+    while not graph.outputs.intersection(node.output):
+        users = [user for name in node.output for user in graph.consumers(name)]
+        if len(users) != 1 or users[0].op_type not in SELECTIONS:
+            return users[0] if len(users) == 1 and users[0].op_type == "QuantizeLinear" else None
+        node = users[0]
+    return None
 
 
 def activation(graph: Graph, name: str) -> Pair | None:
@@ -106,6 +108,11 @@ def quantized(graph: Graph, pair: Pair) -> tuple[str, str]:
 def moved(pair: Pair) -> np.ndarray:
     """The zero point among unsigned numbers."""
     return np.array(int(pair.zero.reshape(())) + (128 if pair.zero.dtype == np.int8 else 0), np.uint8)
+
+
+def _same_grid(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether zero points are equal, range and all: int8 and uint8 around 0 end elsewhere."""
+    return one.dtype == other.dtype and bool(one == other)
 
 
 def _equal(graph: Graph, one: str, other: str) -> bool:

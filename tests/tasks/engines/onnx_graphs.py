@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,76 @@ def image(seed: int = 0, *, residual: bool = False, pool_scale: float = 0.02) ->
     flat = b.add("Flatten", pooled)
     logits = b.add("Gemm", b.activation(flat, 0.02), b.weight(4, 32), b.constant(b.normal(4)), transB=1)
     return b.model({"pixels": (TensorProto.FLOAT, ["batch", 1, 4, 4])}, logits, ["batch", 4])
+
+
+class Mixed(Builder):
+    """Scales, biases and weights that serve more than once, and zero points of both kinds of integers."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.known: dict[object, str] = {}
+
+    def chance(self, share: float) -> bool:
+        return bool(self.random.random() < share)
+
+    def once(self, key: object, make: Callable[[], str]) -> str:
+        if key not in self.known or self.chance(0.7):
+            self.known[key] = make()
+        return self.known[key]
+
+    def activation(self, value: str, scale: float = 0.0) -> str:
+        scale = scale or float(self.random.choice([0.02, 0.03, 0.05]))
+        kind, zero = ((np.int8, 0), (np.int8, 0), (np.uint8, 0), (np.uint8, 128))[self.random.integers(4)]
+        numbers = [self.once(scale, lambda: self.constant(scale)), self.constant(zero, kind)]
+        return self.add("DequantizeLinear", self.add("QuantizeLinear", value, *numbers), *numbers)
+
+    def perhaps(self, value: str, share: float = 0.5) -> str:
+        return self.activation(value) if self.chance(share) else value
+
+    def kernel(self, outer: int, *shape: int) -> str:
+        return self.once((outer, *shape), lambda: self.weight(outer, *shape))
+
+    def bias(self, outer: int) -> list[str]:
+        make = lambda: self.constant(self.normal(outer) * 0.1)  # noqa: E731
+        return [self.once(("bias", outer), make)] if self.chance(0.7) else []
+
+
+def mixed(seed: int) -> onnx.ModelProto:
+    """Layers of a CNN in any order, with values of the middle among its outputs."""
+    b = Mixed(seed)
+    values = [("pixels", 4, 8)]  # name, channels, height
+    for kind in b.random.choice(["conv", "conv", "relu", "clip", "pool", "mean", "add", "pad", "shape"], 6):
+        value, width, side = values[b.random.integers(max(0, len(values) - 2), len(values))]
+        if kind == "conv" and side > 2:
+            outer, edge = int(b.random.choice([4, 8])), int(b.random.integers(2))
+            inputs = [b.perhaps(value, 0.8), b.kernel(outer, width, 3, 3), *b.bias(outer)]
+            value = b.add("Conv", *inputs, kernel_shape=[3, 3], pads=[edge] * 4)
+            width, side = outer, side - 2 + 2 * edge
+        elif kind == "relu":
+            value = b.add("Relu", value)
+        elif kind == "clip":
+            value = b.add("Clip", value, b.constant(0.0), b.constant(b.random.choice([2.0, 6.0])))
+        elif kind in ("pool", "mean") and side > 1:
+            operator = "MaxPool" if kind == "pool" else "AveragePool"
+            value = b.add(operator, b.perhaps(value), kernel_shape=[2, 2], strides=[2, 2])
+            side //= 2
+        elif kind == "add":
+            like = [name for name, *shape in values if shape == [width, side]]
+            value = b.add("Add", b.perhaps(value), b.perhaps(like[b.random.integers(len(like))]))
+        elif kind == "pad":
+            value = b.add("Pad", value, b.constant([0, 0, 1, 1] * 2, np.int64))
+            side += 2
+        elif kind == "shape":
+            value = b.add("Reshape", b.perhaps(value), b.constant([0, width, side, side], np.int64))
+        values.append((b.perhaps(value, 0.3), width, side))
+    value, width, side = values[-1]
+    flat = b.perhaps(b.add("Flatten", b.perhaps(value)), 0.8)
+    logits = b.add("Gemm", flat, b.kernel(5, width * side * side), *b.bias(5), transB=1)
+    model = b.model({"pixels": (TensorProto.FLOAT, ["batch", 4, 8, 8])}, logits, ["batch", 5])
+    others = {name for name, *_ in values[1:] if b.chance(0.2)}
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in sorted(others)]
+    model.graph.output.extend(shapes)
+    return model
 
 
 def convolution(b: Builder, value: str, inner: int, outer: int) -> str:

@@ -6,22 +6,26 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 from tasks.engines.lowering import lower, requantize, tensors
 from tasks.engines.lowering.graph import Graph
 from tasks.engines.lowering.split import PLAN, WEIGHTS, load, split
-from tests.tasks.engines.onnx_graphs import Builder, image, pixels, sentences, text
+from tests.tasks.engines.onnx_graphs import Builder, image, mixed, pixels, sentences, text
 
 
 def run(model: onnx.ModelProto, sample: dict[str, np.ndarray]) -> np.ndarray:
+    return run_all(model, sample)[0]
+
+
+def run_all(model: onnx.ModelProto, sample: dict[str, np.ndarray]) -> list[np.ndarray]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, sample)[0])
+    return [np.asarray(output) for output in session.run(None, sample)]
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
@@ -150,6 +154,42 @@ def test_a_pool_on_another_scale_keeps_both_roundings() -> None:
     near(run(lowered, pixels()[0]), run(model, pixels()[0]))
 
 
+def pooled(first: np.integer, last: np.integer, *, seen: bool = False) -> onnx.ModelProto:
+    """A pool between two quantizers on one scale, of these zero points; `seen`: the pool is an output."""
+    b = Builder(0)
+    scale = b.constant(0.02)
+
+    def rounded(value: str, zero: np.integer) -> str:
+        numbers = [scale, b.constant(zero, zero.dtype)]
+        return b.add("DequantizeLinear", b.add("QuantizeLinear", value, *numbers), *numbers)
+
+    pool = b.add("MaxPool", rounded("pixels", first), kernel_shape=[2, 2], strides=[2, 2])
+    inputs = {"pixels": (TensorProto.FLOAT, ["batch", 1, 4, 4])}
+    model = b.model(inputs, rounded(pool, last), ["batch", 1, 2, 2])
+    if seen:
+        model.graph.output.append(helper.make_tensor_value_info(pool, TensorProto.FLOAT, None))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "quantizers"),
+    [
+        (pooled(np.int8(0), np.int8(0)), 1),
+        (pooled(np.int8(0), np.uint8(0)), 2),  # the first ends at 2.54, the second at 5.1
+        (pooled(np.int8(0), np.int8(0), seen=True), 2),
+    ],
+    ids=["one grid", "two grids", "an output"],
+)
+def test_a_rounding_goes_only_where_the_next_one_is_the_same_and_alone(
+    model: onnx.ModelProto, quantizers: int
+) -> None:
+    lowered, _ = lower(model)
+    assert operators(lowered)["QuantizeLinear"] == quantizers
+    sample = {"pixels": np.random.default_rng(0).uniform(-6, 6, (3, 1, 4, 4)).astype(np.float32)}
+    for found, wanted in zip(run_all(lowered, sample), run_all(model, sample), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_one_scale_may_serve_two_zero_points_and_one_bias_two_layers() -> None:
     b = Builder(0)
     scale, bias = b.constant(0.02), b.constant(b.normal(4))
@@ -165,6 +205,19 @@ def test_one_scale_may_serve_two_zero_points_and_one_bias_two_layers() -> None:
     assert operators(lowered)["QLinearConv"] == 3
     sample = {"pixels": np.random.default_rng(0).uniform(-3, 5, (3, 1, 4, 4)).astype(np.float32)}
     np.testing.assert_allclose(run(lowered, sample), run(model, sample), atol=0.04)
+
+
+@pytest.mark.parametrize("seed", range(0, 300, 60))
+def test_any_graph_computes_what_it_did(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for each in range(seed, seed + 60):
+        model = mixed(each)
+        lowered, _ = lower(model)
+        sample = {"pixels": random.uniform(-2, 3, (3, 4, 8, 8)).astype(np.float32)}
+        for found, wanted in zip(run_all(lowered, sample), run_all(model, sample), strict=True):
+            assert found.shape == wanted.shape, each
+            # A value on the border of two steps may go to the other one, few do.
+            assert np.abs(found - wanted).mean() <= 0.02 * np.abs(wanted).mean() + 1e-3, each
 
 
 def test_a_convolution_whose_result_is_summed_in_float_stays() -> None:
