@@ -125,10 +125,17 @@ class Graph:
         return unique
 
     def raise_opset(self, version: int) -> None:
-        """Declare at least this version of the standard operators."""
+        """Declare at least this version of the operators; from 18 on the axes of a Reduce are an input."""
         for opset in self.model.opset_import:
             if opset.domain in ("", "ai.onnx"):
                 opset.version = max(opset.version, version)
+        for node in self.nodes.values():
+            axes = attribute(node, "axes")
+            if node.op_type.startswith("Reduce") and axes is not None:
+                node.input.append(self.constant(f"{node.output[0]}.axes", np.array(axes, np.int64)))
+                kept = [item for item in node.attribute if item.name != "axes"]
+                del node.attribute[:]
+                node.attribute.extend(kept)
 
     def write(self) -> onnx.ModelProto:
         """The model: live nodes in topological order, used initializers, Constants as initializers."""

@@ -79,9 +79,17 @@ class Builder:
 
 
 def text(
-    seed: int = 0, *, kind: int = TensorProto.INT8, heads: int = HEADS, key_scale: float = 0.03
+    seed: int = 0,
+    *,
+    kind: int = TensorProto.INT8,
+    heads: int = HEADS,
+    key_scale: float = 0.03,
+    opset: int = 20,
 ) -> onnx.ModelProto:
-    """Embedding, one layer of attention and feed-forward, and a classifier on the first token."""
+    """Embedding, one layer of attention and feed-forward, and a classifier on the first token.
+
+    In opset 17 the classifier is on the mean of all tokens.
+    """
     b = Builder(seed, kind)
     hidden = b.add("Gather", b.constant(b.normal(WORDS, WIDTH)), "input_ids")
     bias = b.add(
@@ -89,12 +97,15 @@ def text(
     )
     bias = b.add("Mul", b.add("Sub", bias, b.constant(1.0)), b.constant(1e4))
     hidden = norm(b, b.add("Add", hidden, attention(b, hidden, bias, heads, key_scale)))
-    inner = b.add("Gelu", b.linear(hidden, WIDTH, INNER))
+    inner = b.add("Gelu" if opset == 20 else "Relu", b.linear(hidden, WIDTH, INNER))
     hidden = norm(b, b.add("Add", b.linear(inner, INNER, WIDTH), hidden))
-    first = b.add("Gather", hidden, b.constant(0, np.int64), axis=1)
+    if opset == 17:
+        first = b.add("ReduceMean", hidden, axes=[1], keepdims=0)
+    else:
+        first = b.add("Gather", hidden, b.constant(0, np.int64), axis=1)
     logits = b.add("Gemm", b.activation(first, 0.03), b.weight(3, WIDTH), b.constant(b.normal(3)), transB=1)
     ids = (TensorProto.INT64, ["batch", "length"])
-    return b.model({"input_ids": ids, "attention_mask": ids}, logits, ["batch", 3])
+    return b.model({"input_ids": ids, "attention_mask": ids}, logits, ["batch", 3], opset)
 
 
 def attention(b: Builder, hidden: str, bias: str, heads: int, key_scale: float) -> str:

@@ -60,6 +60,14 @@ def test_a_text_model_keeps_its_numbers_in_integer_operators() -> None:
         assert np.abs(run(lowered, sample) - run(model, sample)).max() < 1e-5
 
 
+def test_a_mean_of_opset_17_is_lowered_with_the_attention_before_it() -> None:
+    model = text(opset=17)
+    lowered, steps = lower(model)
+    assert Counter(step["transform"] for step in steps) == {"gemm": 7, "attention": 1}
+    for sample in sentences():
+        assert np.abs(run(lowered, sample) - run(model, sample)).max() < 1e-5
+
+
 def test_query_key_and_value_share_one_quantize_node_only_on_one_scale() -> None:
     assert operators(lower(text())[0])["QuantizeLinear"] == 5
     assert operators(lower(text(key_scale=0.02))[0])["QuantizeLinear"] == 6
