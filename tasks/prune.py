@@ -64,8 +64,6 @@ def remove(garbage: Garbage) -> None:
         registry_garbage.delete_shared(garbage.place)
         return
     shutil.rmtree(garbage.place, ignore_errors=True)
-    if garbage.kind == "training":
-        Path(f"{garbage.place}.lock").unlink(missing_ok=True)
 
 
 def _artifacts() -> Iterator[Path]:

@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from tasks import store
-from tasks.stage import say
 
 
 def root() -> Path:
@@ -24,24 +21,12 @@ def root() -> Path:
 
 @contextmanager
 def held(key: str) -> Iterator[Path]:
-    """The folder of the training with this key, for one process at a time; gone once the block is done."""
+    """The folder of the training with this key, gone once the block is done; a stage runs once at a time."""
     folder = root() / key
-    with store.explained(root()):
+    with store.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root() / f"{key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say("fine-tune: another process is at this very training; waiting for it to end (Ctrl-C to give up)")
-        lock.acquire()
-    try:
-        with store.explained(folder):
-            folder.mkdir(exist_ok=True)
-            yield folder
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-    finally:
-        lock.release()
+        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def finish(checkpoint: Path) -> None:

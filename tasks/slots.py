@@ -1,4 +1,7 @@
-"""One job at a time on a device: a lock file on this host, and Prefect's concurrency limit on its server."""
+"""One job at a time, on a device or for a result: a lock file on this host, which ends with its process.
+
+Devices also have Prefect's concurrency limit on its server.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -32,27 +36,46 @@ def _visible(count: int) -> list[str]:
 @contextmanager
 def slot(device: str) -> Iterator[None]:
     """Wait for the device and hold it. `prefect gcl create DEVICE-HOST --limit 1` adds the second guard."""
-    with _locked(device, "works on it"), _limit(f"{device}-{platform.node()}"):
+    busy = f"{device}: another process works on it"
+    with _locked(_file(device), busy), _limit(f"{device}-{platform.node()}"):
         yield
 
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
     """Hold this name on this host and on the server; says so when another process has it, and waits."""
-    with _locked(name, "is at it"), _limit(name):
+    with _locked(_file(name), f"{name}: another process is at it"), _limit(name):
         yield
 
 
 @contextmanager
-def _locked(name: str, does: str) -> Iterator[None]:
-    """Hold the lock file; `does` is what to say of the process that has it."""
+def making(what: str, key: str) -> Iterator[None]:
+    """Hold the key of a result: of two processes that want the same at once one makes it, the other waits."""
+    folder = store.home() / "making"
+    with store.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = folder / key
+    with _locked(file, f"{what}: another process makes this very result"):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def _file(name: str) -> Path:
+    return store.prepare() / f"{name}.lock"
+
+
+@contextmanager
+def _locked(file: Path, held: str) -> Iterator[None]:
+    """Hold the lock file; `held` is what to say where another process has it."""
     from tasks.stage import say  # a stage takes its slot from here
 
-    lock = FileLock(store.prepare() / f"{name}.lock")
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"{name}: another process {does}; waiting for it to end (Ctrl-C to give up)")
+        say(f"{held}; waiting for it to end (Ctrl-C to give up)")
         lock.acquire()
     try:
         yield

@@ -37,7 +37,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Timing:
-    """One stage of this run: its name, its seconds without a wait for a GPU, whether a kept result served."""
+    """One stage of this run: its name, its seconds without waits for others, whether a kept result served."""
 
     stage: str
     seconds: float
@@ -79,14 +79,19 @@ class Stage(Generic[P, T]):
         functools.update_wrapper(self, fn)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run as a task, or take the kept result, which needs no GPU; the time goes to `timeline`."""
+        """Run as a task, or take the kept result, which needs no GPU; the time goes to `timeline`.
+
+        What another process makes right now is waited for, not made again.
+        """
         say(f"{self.task.name} …")
         gpus = self.gpu(*args, **kwargs) if callable(self.gpu) else int(self.gpu)
-        kept = gpus > 0 and self._kept(self.key(*args, **kwargs))
-        value, timing = self._run(self.task, 0 if kept else gpus, *args, **kwargs)
-        if timing.reused and not all(store.intact(blob) for blob in _blobs(value)):
-            say(f"{self.task.name}: the kept artifact is bad or gone, running again")
-            value, timing = self._run(self.task.with_options(refresh_cache=True), gpus, *args, **kwargs)
+        key = self.key(*args, **kwargs)
+        with slots.making(self.task.name, key):
+            kept = gpus > 0 and self._kept(key)
+            value, timing = self._run(self.task, 0 if kept else gpus, *args, **kwargs)
+            if timing.reused and not all(store.intact(blob) for blob in _blobs(value)):
+                say(f"{self.task.name}: the kept artifact is bad or gone, running again")
+                value, timing = self._run(self.task.with_options(refresh_cache=True), gpus, *args, **kwargs)
         timeline.append(timing)
         say(f"{timing.stage}: {'reused' if timing.reused else f'{timing.seconds:.1f} s'}")
         return value

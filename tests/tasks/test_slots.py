@@ -14,7 +14,7 @@ from tasks.artifacts import Blob, Checkpoint, Dataset
 from tasks.engines import tensorrt_api
 from tasks.finetune import finetune
 from tasks.handover import handover
-from tasks.slots import slot
+from tasks.slots import making, slot
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = """
@@ -69,6 +69,33 @@ def test_a_second_retrain_of_a_model_says_that_it_waits_and_waits() -> None:
     came, told = second.communicate(timeout=120)
     assert told.count("another process is at it; waiting") == 1
     assert float(came.split()[0]) >= float(first.communicate(timeout=60)[0]), "the second did not wait"
+
+
+MAKING = """
+import time
+from tasks.slots import making
+with making("probe", "key"):
+    print("held", flush=True); time.sleep(60)
+"""
+
+
+def test_the_key_of_a_killed_process_is_free(fresh_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with subprocess.Popen([sys.executable, "-c", MAKING], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+
+        def say(line: str) -> None:
+            told.append(line)
+            holder.kill()
+
+        monkeypatch.setattr(stages, "say", say)
+        with making("probe", "key"):
+            assert holder.wait(10) < 0
+    assert len(told) == 1
+    with making("probe", "key"):
+        pass
+    assert len(told) == 1
 
 
 class Waits(Exception):

@@ -217,6 +217,37 @@ def test_a_stage_that_waited_for_its_gpu_takes_what_was_made_meanwhile(
     assert probe("shared") == "shared", "what is kept needs no GPU"
 
 
+def test_what_another_process_makes_is_waited_for_and_not_made_again(
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, told = [], []
+
+    @stages.stage(name="probe")
+    def probe(text: str) -> str:
+        runs.append(text)
+        return text
+
+    other = FileLock(fresh_home / "making" / probe.key("at once"))
+    other.acquire()
+
+    def made_by_the_other(line: str) -> None:
+        told.append(line)
+        if "waiting" in line:
+            probe.task("at once")
+            other.release()
+
+    monkeypatch.setattr(stages, "say", made_by_the_other)
+    assert probe("at once") == "at once"
+    assert runs == ["at once"]
+    assert stages.timeline[-1].reused
+    assert told[1] == (
+        "probe: another process makes this very result; waiting for it to end (Ctrl-C to give up)"
+    )
+    assert probe("another") == "another"
+    assert not any("waiting" in line for line in told[2:])
+    assert list((fresh_home / "making").iterdir()) == []
+
+
 def test_a_stage_gives_the_gpu_s_memory_back_before_its_slot(
     gpu: FileLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
