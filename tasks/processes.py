@@ -5,10 +5,8 @@ They compute on a GPU each, or on CPUs with gloo. What they say of losses comes 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.compress import Finetune
-from tasks import training
+from tasks import children, training
 from tasks.artifacts import Blob, Checkpoint, Dataset
 from tasks.errors import InputError
 from tasks.training import Job, Trained
@@ -46,7 +44,7 @@ def train(job: Job, tell: Tell) -> Trained:
     process = subprocess.Popen(
         [*command, str(order)],
         env=environment | {"PYTHONPATH": path},
-        preexec_fn=_end_with_the_parent,
+        preexec_fn=children.end_with_the_parent,
     )
     try:
         for step, losses in _told(job.folder / TOLD, process):
@@ -59,12 +57,6 @@ def train(job: Job, tell: Tell) -> Trained:
         raise RuntimeError(f"training in {count} processes ended with status {process.returncode}; see above")
     content = json.loads((job.folder / RESULT).read_text())
     return Trained(load_file(job.folder / WEIGHTS), content["curve"], content["facts"])
-
-
-def _end_with_the_parent() -> None:
-    """Linux ends this process with SIGTERM when its parent dies, however that came."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

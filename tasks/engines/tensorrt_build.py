@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 
+from tasks import children
 from tasks.engines import tensorrt_constants
 from tasks.engines.tensorrt_api import Flavor, use
 from tasks.engines.tensorrt_options import Options, Profile
@@ -54,6 +55,7 @@ def run(job: Job) -> dict[str, Any]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=children.end_with_the_parent,
         )
         try:
             status = process.wait(timeout=job.options.timeout)

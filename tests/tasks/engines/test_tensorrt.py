@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,7 @@ from tasks.engines.tensorrt_options import Options
 from tasks.errors import InputError
 
 RTX = "tensorrt_rtx"
+ROOT = Path(__file__).resolve().parents[3]
 needs_rtx = pytest.mark.skipif(tensorrt.version(RTX) is None, reason="tensorrt-rtx is not installed")
 no_gpu = pytest.mark.skipif(tensorrt.device() != "none", reason="this machine has a GPU")
 WIDTH, ROWS = 64, 8
@@ -137,6 +140,45 @@ def running(words: str) -> bool:
         if "tensorrt_build" in line and words in line and path.parent.name != str(os.getpid()):
             return True
     return False
+
+
+BUILDS = """
+import sys
+from pathlib import Path
+from tasks.engines import tensorrt_build
+from tasks.engines.tensorrt_options import Options
+folder = Path(sys.argv[1])
+sys.executable = str(folder / "python")
+plan = str(folder / "engine.plan")
+tensorrt_build.run(tensorrt_build.Job("", plan, "tensorrt_rtx", Options(), [], None, False, None))
+"""
+
+
+def test_a_build_ends_with_the_run_that_was_killed(tmp_path: Path) -> None:
+    builder = tmp_path / "python"
+    builder.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    builder.chmod(0o755)
+    run = subprocess.Popen([sys.executable, "-c", BUILDS, str(tmp_path)], cwd=ROOT)
+    log = tmp_path / "engine.log"
+    wait(lambda: log.is_file() and log.read_text().endswith("\n"))
+    run.kill()
+    run.wait()
+    wait(lambda: not alive(int(log.read_text())))
+
+
+def wait(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(process: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_missing_runtime_says_how_to_get_it(model: Path, tmp_path: Path) -> None:
