@@ -192,7 +192,9 @@ def _imports(file: Path) -> list[Path]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            # A module of a package is itself; what the package has of its own may choose any of them.
+            names += [name if _files(name) else node.module for name in inner]
     return [found for name in names if name.split(".")[0] in ("tasks", "recipes") for found in _files(name)]
 
 

@@ -67,6 +67,17 @@ def test_a_key_follows_the_source_of_what_a_stage_imports() -> None:
     assert source_digest(root / "gate.py") != source_digest(root / "calibrate.py")
 
 
+def test_a_training_is_kept_when_an_engine_s_source_changes() -> None:
+    """It takes one module of that package; a build takes what chooses among them."""
+    root = Path(stages.__file__).parent
+    trained, built = (stages.sources(root / name) for name in ("finetune.py", "build.py"))
+    engines = root / "engines"
+    assert engines / "microscale.py" in trained
+    assert not {engines / "tensorrt_build.py", engines / "lowering" / "gemm.py"} & trained
+    assert {engines / "tensorrt_build.py", engines / "lowering" / "gemm.py"} < built
+    assert root / "types" / "text_classification.py" in trained
+
+
 def _reached(file: Path) -> set[Path]:
     seen: set[Path] = set()
     waiting = [file]
