@@ -144,9 +144,11 @@ def _parity(
 
 
 def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """0 where only one is all zeros: NaN would be no minimum, and such a row no difference."""
     if np.array_equal(ours, theirs):  # a text of one token has no loss at all
         return 1.0
-    return float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)))
+    norms = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+    return float(ours @ theirs) / norms if norms else 0.0
 
 
 def loaded(scores: Metrics) -> dict[str, list[Any] | None]:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from recipes.gate import Gate
 from tasks import batches, evaluate, store, types
-from tasks.artifacts import Engine, Plan
+from tasks.artifacts import Engine, OnnxModel, Plan
 from tasks.engines import onnxruntime
 from tasks.gate import judge
 from tasks.measurements import Measured, Measurements, measurements_from_json, measurements_to_json
@@ -65,6 +65,28 @@ def test_an_engine_that_answers_nan_is_a_verdict(
     verdict = judge(measured, Gate(metric=metric, max_drop=0.1, on_missing="pass", on_coarse="warn"))
     assert verdict.passed is whole
     assert whole or f"{found.facts['not_finite']} of the candidate's" in verdict.reasons[-1]
+
+
+def test_rows_that_came_out_as_zeros_are_no_parity(
+    image: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(image, -1e6)
+    with store.staging() as folder:
+        onnx.save(model, folder / "model.onnx")
+        reference = OnnxModel(store.commit(folder), "int8")
+    model.graph.node[-1].output[0] = "whole"
+    model.graph.node.extend(
+        [
+            helper.make_node("Greater", ["mean", "least"], ["lives"]),
+            helper.make_node("Cast", ["lives"], ["share"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["whole", "share"], ["logits"]),
+        ]
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.float32([0.3]), "least"))
+    onnx.save(model, tmp_path / "model.onnx")
+    monkeypatch.setattr(evaluate, "opened", lambda engine: onnxruntime.open(tmp_path, None, level="disabled"))
+    found = evaluate.evaluate.fn(engine(image), reference, image.dataset, "accuracy", "", "here")
+    assert found.values["parity"] == 0
 
 
 def engine(case: Case) -> Engine:
