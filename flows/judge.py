@@ -126,10 +126,10 @@ def score(
     }
 
 
-def metric_code(recipe: Recipe) -> dict[str, str]:
-    """The fingerprint of a metric of the user's own, as `metric`; nothing for one of ours."""
-    metric = recipe.gate.metric
-    return {"metric": fingerprint(metric)} if metric.startswith("python:") else {}
+def own_code(recipe: Recipe) -> dict[str, str]:
+    """The fingerprints of what the user wrote: `metric` and `network`, each where it is a `python:` one."""
+    places = {"metric": recipe.gate.metric, "network": recipe.model.source}
+    return {name: fingerprint(place) for name, place in places.items() if place.startswith("python:")}
 
 
 def measurable(champion: registry.Champion, attempt: Attempt) -> tuple[Engine | None, str | None]:

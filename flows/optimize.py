@@ -12,7 +12,7 @@ from prefect import flow
 
 import recipes
 from flows.artifacts import publish
-from flows.judge import Outcome, judge, log_failure, metric_code
+from flows.judge import Outcome, judge, log_failure, own_code
 from recipes import Recipe
 from tasks import ledger
 from tasks.artifacts import Checkpoint, Dataset, Engine, OnnxModel
@@ -54,7 +54,7 @@ def _optimize(recipe: Recipe) -> Outcome:
     found = {
         "data": content(recipe.data),
         "checkpoint": fingerprint(recipe.model.source, recipe.model.revision),
-        **metric_code(recipe),
+        **own_code(recipe),
     }
     data = load_data(recipe.data, recipe.task, found["data"])
     known = (found["checkpoint"], recipe.data.split.seed, tokenizer(recipe.model))

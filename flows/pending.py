@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flows.judge import Outcome, judge, metric_code
+from flows.judge import Outcome, judge, own_code
 from tasks import lineage, registry
 from tasks.artifacts import Engine
 from tasks.build import build, host, precision
@@ -35,7 +35,7 @@ def judge_pending(model: str, version: str) -> Outcome:
     engines: dict[str, Engine] = {
         name: build(graph, checkpoint, rows, settings, target, host(target)) for name, graph in onnx.items()
     }
-    found = lineage.found(waiting) | metric_code(recipe)
+    found = lineage.found(waiting) | own_code(recipe)
     handed = handover(checkpoint, rows) if recipe.export.huggingface else None
     made = Attempt(
         recipe,

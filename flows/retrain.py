@@ -12,7 +12,7 @@ from prefect import flow
 
 import recipes
 from flows.artifacts import publish
-from flows.judge import Outcome, judge, log_failure, metric_code
+from flows.judge import Outcome, judge, log_failure, own_code
 from flows.optimize import compress, recover
 from recipes import Recipe
 from recipes.build import Build, Runtime
@@ -97,7 +97,7 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
             "a folder with modelopt_state.pth, or a recipe that compresses (--recipe)"
         )
     lineage.check_inputs(champion, recipe, given=source is not None)
-    found = {"data": content(recipe.data), **metric_code(recipe)}
+    found = {"data": content(recipe.data), **own_code(recipe)}
     if source:
         found["checkpoint"] = fingerprint(source)
     latest = lineage.latest(recipe.model.name)
@@ -144,10 +144,9 @@ def _retrain(recipe: Recipe, champion: Version, given: str | None, rebuild: bool
 
 
 def changed(recipe: Recipe, found: dict[str, str], latest: lineage.Latest) -> list[str]:
-    """What differs from the last attempt at this model: recipe, data, checkpoint, a metric of the user's."""
-    before = {name: getattr(latest, name) for name in ("recipe", "data", "checkpoint", "metric")}
+    """What differs from the last attempt at this model: recipe, data, checkpoint, the user's own code."""
     now = {"recipe": registry.recipe_content(recipe), **found}
-    different = [name for name, digest in now.items() if digest != before[name]]
+    different = [name for name, digest in now.items() if digest != getattr(latest, name)]
     say(f"changed since version {latest.version.version}: {', '.join(different) or 'nothing'}")
     return different
 

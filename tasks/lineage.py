@@ -29,6 +29,7 @@ class Latest:
     data: str
     checkpoint: str
     metric: str
+    network: str
 
 
 def latest(model: str) -> Latest | None:
@@ -39,8 +40,10 @@ def latest(model: str) -> Latest | None:
         return None
     newest = mlflow.get_model_version(model, str(max(int(item.version) for item in found)))
     tags = newest.tags
-    parts = (tags.get(f"{name}_content", "") for name in ("recipe", "data", "checkpoint", "metric"))
-    return Latest(registry.version_of(newest, model), *parts)
+    names = ("recipe", "data", "checkpoint", "metric", "network")
+    return Latest(
+        registry.version_of(newest, model), **{name: tags.get(f"{name}_content", "") for name in names}
+    )
 
 
 def manifest(version: Version) -> dict[str, Any]:

@@ -116,6 +116,25 @@ def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: 
     assert changed.version.alias is None
 
 
+def test_an_edited_network_is_trained_again(
+    optimize: Optimize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.retrain import retrain
+
+    monkeypatch.syspath_prepend(tmp_path)
+    source = Path(sys.modules["recipes"].__file__ or "").with_name("digits_cnn.py").read_text()
+    (tmp_path / "own_network.py").write_text(source)
+    settings = ("model.source=python:own_network:build", "model.name=digits-own-network")
+    optimize(QUICK, *settings)
+    assert retrain("digits-own-network").verdict == "unchanged"
+    (tmp_path / "own_network.py").write_text(source + "# edited")
+    monkeypatch.setattr("flows.retrain.load_data", Mock(side_effect=InputError("it goes on")))
+    with pytest.raises(InputError, match="it goes on"):
+        retrain("digits-own-network")
+    again = optimize(QUICK, *settings)
+    assert "fine-tune" in {timing.stage for timing in again.attempt.timeline if not timing.reused}
+
+
 def test_an_edited_metric_function_is_judged_again(
     digits: Outcome, optimize: Optimize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
