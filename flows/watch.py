@@ -58,7 +58,10 @@ def table(model: str, found: Drifted) -> str:
     """What was seen, the furthest first."""
     worst = sorted(found.overflow.items(), key=lambda item: -item[1])[:5]
     lines = [f"{found.rows} new rows"]
-    lines += [f"  PSI of {name:6} {value:.3f}" for name, value in found.psi.items()]
+    lines += [
+        f"  PSI of {name:6} {value:.3f} (by chance up to {found.chance[name]:.3f})"
+        for name, value in found.psi.items()
+    ]
     lines += [
         f"  {share:8.3%} at the end of {name} (calibration {found.before.get(name, 0.0):.3%})"
         for name, share in worst

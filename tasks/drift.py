@@ -24,16 +24,21 @@ from tasks.running import opened
 from tasks.stage import stage
 
 BATCH, BINS = 32, 10
+CHANCE = 0.001  # of a shift being told where there is none
 
 
 @dataclass(frozen=True)
 class Drifted:
-    """What was seen, against which limits, and what it asks for: recalibrate, retrain, or nothing."""
+    """What was seen, against which limits, and what it asks for: recalibrate, retrain, or nothing.
+
+    `chance` is what each of `psi` reaches where nothing has moved.
+    """
 
     rows: int
     overflow: dict[str, float]
     before: dict[str, float]
     psi: dict[str, float]
+    chance: dict[str, float]
     asks: tuple[str, ...]
     reasons: tuple[str, ...]
 
@@ -100,6 +105,7 @@ def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
     if rows < section.min_rows:
         raise InputError(f"{rows} rows are too few to tell a drift (drift.min_rows: {section.min_rows})")
     index = {name: psi(old[name], now[name]) for name in old if name != "overflow"}
+    chance = {name: psi_by_chance(old[name], now[name]) for name in index}
     # Calibration rows reach the end, too: whatever was largest there, and every value equal to it.
     excess = {name: share - old["overflow"].get(name, 0.0) for name, share in now["overflow"].items()}
     over = {name: more for name, more in excess.items() if more > section.max_overflow}
@@ -111,11 +117,14 @@ def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
             f"{now['overflow'][worst]:.1%} of its values at the end, {over[worst]:.1%} more than in "
             f"calibration, allowed {section.max_overflow:.1%}"
         )
-    shifted = {name: value for name, value in index.items() if value > section.max_psi}
+    shifted = {name: value for name, value in index.items() if value > max(section.max_psi, chance[name])}
     for name, value in shifted.items():
-        reasons.append(f"the {name}s have moved: PSI {value:.2f}, allowed {section.max_psi:.2f}")
+        reasons.append(
+            f"the {name}s have moved: PSI {value:.2f}, allowed {section.max_psi:.2f}, "
+            f"by chance up to {chance[name]:.2f}"
+        )
     asks = ("recalibrate",) * bool(over) + ("retrain",) * bool(shifted)
-    return Drifted(rows, now["overflow"], old["overflow"], index, asks, tuple(reasons))
+    return Drifted(rows, now["overflow"], old["overflow"], index, chance, asks, tuple(reasons))
 
 
 def psi(reference: Sequence[float], new: Sequence[float]) -> float:
@@ -124,12 +133,29 @@ def psi(reference: Sequence[float], new: Sequence[float]) -> float:
     0 is no difference; above 0.2 is usually called a shift. A bin that only one side has counts as half a row
     of the other.
     """
+    counts = np.maximum(_counts(reference, new), 0.5)
+    before, after = counts / counts.sum(axis=1, keepdims=True)
+    return float(((after - before) * np.log(after / before)).sum())
+
+
+def psi_by_chance(reference: Sequence[float], new: Sequence[float]) -> float:
+    """What the index of two samples of one distribution exceeds at rate CHANCE.
+
+    Then it is 1/N + 1/M times a chi-squared number with a degree of freedom less than there are bins
+    (Yurdakul and Naranjo, Journal of Risk Model Validation 14 (2020) 89-100).
+    """
+    from scipy import stats
+
+    freedom = max(1, _counts(reference, new).shape[1] - 1)
+    return float((1 / len(reference) + 1 / len(new)) * stats.chi2.isf(CHANCE, freedom))
+
+
+def _counts(reference: Sequence[float], new: Sequence[float]) -> np.ndarray:
+    """How many values of either lie in each bin that has any: shape (2, bins)."""
     old, now = np.asarray(reference, float), np.asarray(new, float)
     edges = _edges(old)
     counts = np.array([np.bincount(np.searchsorted(edges, x), minlength=len(edges) + 1) for x in (old, now)])
-    counts = np.maximum(counts[:, counts.any(axis=0)], 0.5)
-    before, after = counts / counts.sum(axis=1, keepdims=True)
-    return float(((after - before) * np.log(after / before)).sum())
+    return counts[:, counts.any(axis=0)]
 
 
 def _edges(old: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from recipes.schema import Drift
 from tasks import load
 from tasks.build import build, host
 from tasks.calibrate import calibrate
-from tasks.drift import compare, loaded, psi, survey
+from tasks.drift import compare, loaded, psi, psi_by_chance, survey
 from tasks.export import export
 
 
@@ -57,6 +57,22 @@ CUT = [128.0] * 280 + [float(k) for k in range(20)]
 def test_values_that_were_never_seen_are_a_shift(reference: list[float], new: list[float]) -> None:
     assert psi(reference, new) > 0.5
     assert psi(reference, reference * 3) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("calibrated", [32, 128])
+def test_samples_of_one_distribution_are_not_a_shift(calibrated: int) -> None:
+    rng, limited, told = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        old, new = rng.normal(size=calibrated), rng.normal(size=200)
+        limited += psi(old, new) > 0.2
+        told += psi(old, new) > max(0.2, psi_by_chance(old, new))
+        assert psi(old, new + 3) > psi_by_chance(old, new + 3)
+    assert limited >= 10
+    assert told < limited / 5
+
+
+def test_one_value_alone_has_a_chance_too() -> None:
+    assert psi_by_chance([1.0] * 50, [1.0] * 50) == pytest.approx(0.433, abs=0.001)
 
 
 def test_deciles_tell_a_moved_mean_from_another_sample() -> None:
