@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
     prune = verbs.add_parser("prune", help="remove artifacts that no version, run or ledger line refers to")
     prune.add_argument("--delete", action="store_true", help="do it; otherwise only say what would go")
-    prune.add_argument("--days", type=float, default=1.0, help="touch nothing younger (1)")
+    prune.add_argument("--days", type=float, default=1.0, help="touch nothing used since (1)")
     verbs.add_parser("recipes", help="list the recipes that ship")
     verdict = verbs.add_parser("verdict", help="judge a logged run again; the bytes must be the same")
     verdict.add_argument("run_id", metavar="RUN_ID", help="the MLflow run")

@@ -14,7 +14,7 @@ from tasks.stage import say
 
 @flow(name="prune", persist_result=False, validate_parameters=False)
 def prune(delete: bool = False, days: float = 1.0) -> Survey:
-    """Look, and with `delete` remove; nothing younger than `days` is touched."""
+    """Look, and with `delete` remove; nothing used in the last `days` is touched."""
     found = collector.survey(days)
     word = "removing" if delete else "would remove"
     for garbage in found.garbage:

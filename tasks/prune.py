@@ -35,7 +35,7 @@ class Survey:
 
 
 def survey(days: float) -> Survey:
-    """Everything unreferenced and older than `days`: younger things may belong to a run that is not done."""
+    """Everything unreferenced and not used for `days`: what is younger may be of a run under way."""
     referenced = registry_garbage.references()
     before = time.time() - days * DAY
     kept, kept_bytes, garbage = 0, 0, []

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tasks.artifacts import Blob
@@ -62,12 +62,17 @@ def at_fault(error: Exception) -> bool:
 
 
 def path(blob: Blob) -> Path:
-    """Where the artifact lies, checked: raises `Damaged` when it is not there or not itself."""
+    """Where the artifact lies, checked: raises `Damaged` when it is not there or not itself.
+
+    Its age is from now on: `prune` goes by the last use.
+    """
     folder = _place(blob.sha256)
     if not folder.is_dir():
         raise Damaged(f"artifact {blob.sha256[:12]} is not in the store ({folder})")
     if digest(folder) != blob.sha256:
         raise Damaged(f"artifact {blob.sha256[:12]} was altered: {folder} no longer matches its digest")
+    with suppress(OSError):  # a store that may only be read
+        os.utime(folder)
     return folder
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_damaged_artifact_is_never_an_input(fresh_home: Path, harm: str) -> No
         store.path(blob)
     assert put() == blob
     assert store.intact(blob)
+
+
+def test_what_is_used_is_young_again(fresh_home: Path) -> None:
+    blob = put()
+    folder = store.path(blob)
+    os.utime(folder, (0, 0))
+    assert store.intact(blob)
+    assert time.time() - folder.stat().st_mtime < 60
 
 
 def test_staging_leaves_nothing_behind(fresh_home: Path) -> None:
