@@ -28,14 +28,21 @@ NOISE, TIMES, TRIES = 1e-6, 3.0, 2
 
 
 def parity(expected: Sequence[Arrays], got: Sequence[Arrays]) -> dict[str, float]:
-    """Maximum and mean absolute error over all outputs, and both as shares of the largest value.
+    """Maximum and mean absolute error, and both as shares of the largest value: those of the worst output.
 
     Equal values have no error, even infinite ones; any other value that is not finite has an infinite one.
     """
-    pairs = [(want[name], out[name]) for want, out in zip(expected, got, strict=True) for name in want]
-    errors = np.concatenate([_errors(a, b) for a, b in pairs])
-    finite = [np.abs(a[np.isfinite(a)]).max(initial=0.0) for a, _ in pairs]
-    scale = float(max(finite)) or 1.0
+    found = [
+        _output_errors([(want[name], out[name]) for want, out in zip(expected, got, strict=True)])
+        for name in expected[0]
+    ]
+    return {key: max(errors[key] for errors in found) for key in found[0]}
+
+
+def _output_errors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """One output's, over all samples."""
+    errors = np.concatenate([_errors(want, got) for want, got in pairs])
+    scale = max(float(np.abs(want[np.isfinite(want)]).max(initial=0.0)) for want, _ in pairs) or 1.0
     largest, mean = float(errors.max()), float(errors.mean())
     return {
         "max_error": largest,

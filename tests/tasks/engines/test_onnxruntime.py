@@ -271,3 +271,10 @@ def test_parity_counts_what_is_not_finite_as_infinitely_wrong() -> None:
     assert engine.parity([want], [{"logits": np.array([1.0, np.inf, np.nan])}])["max_error"] == np.inf
     assert engine.parity([want], [{"logits": np.array([1.0, np.inf])}])["max_error"] == np.inf
     assert engine.parity([want], [{"logits": np.array([1.5, np.inf, -2.0])}])["max_error_share"] == 0.25
+
+
+def test_parity_is_that_of_the_worst_output_however_small_it_is_beside_another() -> None:
+    want = {"logits": np.array([1000.0, 0.0]), "box": np.array([1.0, 1.0])}
+    found = engine.parity([want, want], [want, {**want, "box": np.zeros(2)}])
+    assert found["max_error_share"] == 1.0
+    assert found["mean_error_share"] == 0.5
