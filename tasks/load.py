@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from recipes.data import Data, Split
 from recipes.schema import Model
@@ -18,6 +21,7 @@ from tasks.artifacts import Checkpoint, Dataset
 from tasks.errors import InputError
 from tasks.read import locate, parquet, table_of
 from tasks.stage import NETWORK, stage
+from tasks.types import texts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,23 +170,74 @@ def rows(dataset: Dataset, part: str) -> dict[str, list[Any]]:
 
 
 def _fits(module: nn.Module, task: str, preprocessor: Path, settings: dict[str, Any]) -> None:
-    """One example through the untrained network: shapes that disagree show here, not hours later."""
-    import torch
+    """One example through the untrained network: shapes that disagree show here, not hours later.
 
+    Of texts also the tokenizer's highest id, and one of `max_length` tokens.
+    """
     kind = types.load(task)
-    example = kind.collate(kind.encode(preprocessor, [kind.example(settings)]))
-    try:
-        with torch.no_grad():
-            inputs = {name: torch.from_numpy(array) for name, array in example.items()}
-            shape = tuple(kind.forward(module.eval(), inputs).shape)
-    except Exception as error:  # the user's network raises what it likes
-        shapes = {name: array.shape for name, array in example.items()}
+    (example,) = kind.encode(preprocessor, [kind.example(settings)])
+    found = _output(module, kind, example)
+    if kind.COLUMN != "image":
+        _ids_fit(module, kind, example, preprocessor)
+    if isinstance(found, Exception):
+        shapes = {name: array.shape for name, array in kind.collate([example]).items()}
         raise InputError(
             f"model.source: the network cannot take this recipe's inputs {shapes}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if problem := kind.wrong(shape, settings):
+            f"{type(found).__name__}: {found}"
+        ) from found
+    if problem := kind.wrong(found, settings):
         raise InputError(f"model.source: {problem}")
+    if kind.COLUMN != "image":
+        _length_fits(module, kind, example, settings["max_length"])
+
+
+def _output(module: nn.Module, kind: types.TaskType, example: types.Example) -> tuple[int, ...] | Exception:
+    """The shape of the network's output for one example, or what it raised."""
+    import torch
+
+    inputs = {name: torch.from_numpy(array) for name, array in kind.collate([example]).items()}
+    try:
+        with torch.no_grad():
+            return tuple(kind.forward(module.eval(), inputs).shape)
+    except Exception as error:  # the user's network raises what it likes
+        return error
+
+
+def _ids_fit(module: nn.Module, kind: types.TaskType, example: types.Example, preprocessor: Path) -> None:
+    highest = max(texts.tokenizer(preprocessor).get_vocab(with_added_tokens=True).values())
+    ids = np.append(highest, example["input_ids"][1:])
+
+    def works(largest: int) -> bool:
+        changed = example | {"input_ids": np.minimum(ids, largest)}
+        return not isinstance(_output(module, kind, changed), Exception)
+
+    if not works(highest) and works(0):
+        raise InputError(
+            f"model.tokenizer: its token ids go up to {highest}, the network takes none above "
+            f"{_last(works, 0, highest)}; give the tokenizer that the network was trained with, or a network "
+            f"whose embedding has {highest + 1} rows (transformers: resize_token_embeddings)"
+        )
+
+
+def _length_fits(module: nn.Module, kind: types.TaskType, example: types.Example, max_length: int) -> None:
+    def tried(length: int) -> tuple[int, ...] | Exception:
+        longer = {name: np.resize(example[name], length) for name in texts.INPUTS}
+        return _output(module, kind, example | longer)
+
+    def works(length: int) -> bool:
+        return not isinstance(tried(length), Exception)
+
+    if isinstance(problem := tried(max_length), Exception):
+        raise InputError(
+            f"data.max_length is {max_length}, the longest text that the network takes has "
+            f"{_last(works, len(example['input_ids']), max_length)} tokens; lower it "
+            f"({type(problem).__name__}: {problem})"
+        ) from problem
+
+
+def _last(works: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number that works: `low` does, `high` does not, and between them there is one border."""
+    return low - 1 + bisect_left(range(low, high), True, key=lambda number: not works(number))
 
 
 def _weights(model: Model, content: str) -> Path:

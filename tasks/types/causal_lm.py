@@ -15,7 +15,7 @@ from tasks import types
 from tasks.engines.common import PAST, PRESENT
 from tasks.types import Example, Run
 from tasks.types.texts import *  # noqa: F403
-from tasks.types.texts import collate
+from tasks.types.texts import collate, tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,11 +92,9 @@ def traits(row: np.ndarray) -> dict[str, float]:
 
 def answer(folder: Path, examples: Sequence[Example], run: Run) -> list[dict[str, Any]]:
     """What goes on after each text: the likeliest token, `NEW_TOKENS` times."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own = tokenizer(folder)
     return [
-        {"text": tokenizer.decode(ids.tolist()), **types.truncated(example)}
+        {"text": own.decode(ids.tolist()), **types.truncated(example)}
         for ids, example in zip(generate(examples, run), examples, strict=True)
     ]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tasks import types
 from tasks.errors import InputError
 from tasks.types import Example
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 COLUMN = "text"
 INPUTS = {
@@ -27,20 +30,25 @@ def check(value: Any, settings: dict[str, Any]) -> None:
         raise InputError("the text is empty")
 
 
-def encode(folder: Path, values: Sequence[Any]) -> list[Example]:
-    """Token ids and mask per text, int64 of shape (length,), and whether the text was cut."""
+def tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a preprocessor's folder."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(types.settings(folder)["max_length"])
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def encode(folder: Path, values: Sequence[Any]) -> list[Example]:
+    """Token ids and mask per text, int64 of shape (length,), and whether the text was cut."""
+    own = tokenizer(folder)
+    own.no_padding()
+    own.enable_truncation(types.settings(folder)["max_length"])
     return [
         {
             "input_ids": np.asarray(item.ids, dtype=np.int64),
             "attention_mask": np.asarray(item.attention_mask, dtype=np.int64),
             "truncated": np.asarray(bool(item.overflowing)),
         }
-        for item in tokenizer.encode_batch(list(values))
+        for item in own.encode_batch(list(values))
     ]
 
 

@@ -13,6 +13,7 @@ from recipes.schema import Model
 from tasks import load
 from tasks.artifacts import Dataset
 from tasks.errors import InputError
+from tests.conftest import WORDS, bert_folder, tokenizer
 
 ROWS = [f"sentence number {k},{'good' if k % 3 else 'bad'}" for k in range(40)]
 
@@ -259,3 +260,62 @@ def test_a_module_that_cannot_be_read_or_found_is_told(own_code: Path) -> None:
 def test_of_an_installed_module_its_own_file_counts() -> None:
     assert load.fingerprint("python:statistics:fmean") == load.fingerprint("python:statistics:mean")
     assert load.fingerprint("python:recipes.digits_cnn:build") != load.fingerprint("python:statistics:mean")
+
+
+TEXTS = section(Path("rows.csv"), max_length=32)
+
+
+def network(source: str, data: Data = TEXTS, **changes: Any) -> None:
+    model = Model.model_validate({"name": "m", "source": source, **changes})
+    load.load_model.fn(model, data, "text-classification", "content", 0)
+
+
+def test_texts_longer_than_the_network_takes_are_told_before_training(
+    fresh_home: Path, tmp_path: Path
+) -> None:
+    source = f"path:{bert_folder(tmp_path)}"  # with 32 positions
+    network(source)
+    longer = TEXTS.model_copy(update={"max_length": 128})
+    with pytest.raises(InputError, match=r"data\.max_length is 128, the longest .* takes has 32 tokens"):
+        network(source, longer)
+
+
+def test_a_tokenizer_beyond_the_embedding_is_told_before_training(fresh_home: Path, tmp_path: Path) -> None:
+    source = f"path:{bert_folder(tmp_path / 'bert')}"  # with 64 rows
+    network(source)
+    tokenizer(tmp_path / "large", [*WORDS, *(f"word{k}" for k in range(60))])
+    words = r"model\.tokenizer: .* go up to 73, the network takes none above 63; .*embedding has 74 rows"
+    with pytest.raises(InputError, match=words):
+        network(source, tokenizer=f"path:{tmp_path / 'large'}")
+
+
+def test_texts_are_tried_on_a_network_of_ones_own(
+    fresh_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may keep its tables anywhere, or have none."""
+    (tmp_path / "own_texts.py").write_text(OWN_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_texts", raising=False)
+    tokenizer(tmp_path, WORDS)
+    own = {"tokenizer": f"path:{tmp_path}"}
+    network("python:own_texts:Hashed", **own)
+    with pytest.raises(InputError, match="go up to 13, the network takes none above 9;"):
+        network("python:own_texts:Table", **own)
+
+
+OWN_NETWORK = """
+import torch
+from torch import nn
+
+class Table(nn.Module):
+    def __init__(self, labels):
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(10, labels))
+
+    def forward(self, ids, mask):
+        return self.rows[ids].mean(dim=1)
+
+class Hashed(Table):
+    def forward(self, ids, mask):
+        return super().forward(ids % 10, mask)
+"""
