@@ -256,6 +256,12 @@ def _tokenizer(source: Path, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: no tokenizer that transformers can read: {error}") from error
     tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"{source}: its tokenizer ({type(tokenizer).__name__}) has no tokenizer.json, which is what "
+            "serving reads; set model.tokenizer to a folder with that file (transformers' fast tokenizers "
+            "write one)"
+        )
 
 
 def _first_of_each(values: Sequence[Any], kept: Sequence[int]) -> list[int]:

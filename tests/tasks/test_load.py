@@ -289,6 +289,15 @@ def test_a_tokenizer_beyond_the_embedding_is_told_before_training(fresh_home: Pa
         network(source, tokenizer=f"path:{tmp_path / 'large'}")
 
 
+def test_a_tokenizer_that_serving_cannot_read_is_told(fresh_home: Path, tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
+    words = r"bytes: its tokenizer \(ByT5Tokenizer\) has no tokenizer\.json.*set model\.tokenizer"
+    with pytest.raises(InputError, match=words):
+        network(f"path:{bert_folder(tmp_path / 'bert')}", tokenizer=f"path:{tmp_path / 'bytes'}")
+
+
 def test_texts_are_tried_on_a_network_of_ones_own(
     fresh_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
