@@ -28,7 +28,10 @@ def result(sql: str, files: Sequence[Path]) -> pyarrow.Table:
             connection.execute("SET lock_configuration = true")
             connection.read_parquet(allowed, union_by_name=True).create_view("rows")
             # Sorted by every column: the same rows are the same data, however the files are laid out.
-            return connection.sql(f"SELECT * FROM ({sql.strip().rstrip(';')}) ORDER BY ALL").to_arrow_table()
+            # A comment at the query's end goes to the end of its line.
+            return connection.sql(
+                f"SELECT * FROM ({sql.strip().rstrip(';')}\n) ORDER BY ALL"
+            ).to_arrow_table()
     except duckdb.Error as error:
         raise InputError(f"data.query: {error} (the files are the table `rows`)") from error
 

@@ -98,6 +98,17 @@ def test_every_file_is_read_and_no_other(fresh_home: Path, tmp_path: Path) -> No
     assert set(load.rows(dataset, "train")["file"]) == {"part", "rows[0]", "rows*"}
 
 
+@pytest.mark.parametrize("end", ["", " ;", " -- all of them", "\n-- all\n-- of them\n"])
+def test_a_query_may_end_with_a_comment(fresh_home: Path, tmp_path: Path, end: str) -> None:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    texts, labels = zip(*(row.split(",") for row in ROWS), strict=True)
+    pq.write_table(pyarrow.table({"text": texts, "label": labels}), tmp_path / "rows.parquet")
+    data = section(tmp_path / "rows.parquet", query=f"SELECT text, label FROM rows WHERE text != ''{end}")
+    assert loaded(data).facts["rows_read"] == len(ROWS)
+
+
 def test_labels_from_numbers_leave_out_what_is_near_the_cut(fresh_home: Path, tmp_path: Path) -> None:
     rows = [f"sentence {k},{k - 20}" for k in range(41)]
     rule = {"column": "rating", "cut": 0, "margin": 5}
