@@ -89,12 +89,14 @@ def _pixels(table: pyarrow.Table, data: Data) -> list[list[float]]:
 
 def _pictures(table: pyarrow.Table, image: Image) -> list[np.ndarray]:
     """Images of one column, decoded and resized, as flat arrays of pixels."""
+    import PIL.Image
+
     assert image.column is not None
     found: list[np.ndarray] = []
     for row, value in enumerate(column(table, image.column, "data.image.column")):
         try:
             found.append(picture(value, image).ravel())
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
             file = value.get("path") if isinstance(value, dict) else value
             named = f" ({file})" if isinstance(file, str) and file not in str(error) else ""
             raise InputError(
@@ -106,7 +108,7 @@ def _pictures(table: pyarrow.Table, image: Image) -> list[np.ndarray]:
 def picture(value: Any, image: Image) -> np.ndarray:
     """One image as (channels, height, width): from a file's path or bytes (resized), or from an array.
 
-    Raises OSError, TypeError or ValueError for what is no image.
+    Raises OSError, TypeError, ValueError or Pillow's DecompressionBombError for what is no image.
     """
     content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     channels, height, width = image.shape

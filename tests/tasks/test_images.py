@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,10 @@ def test_files_are_resized_and_coloured_as_the_recipe_says(pictures: Path) -> No
             {"files": ["deep.csv"]},
             r"not an image \(.*/deep\.png\): its pixels \(I;16\) have more than 8 bits",
         ),
+        (
+            {"files": ["huge.csv"]},
+            r"row 1 .* not an image \(.*/huge\.png\): .*400000000 pixels.* exceeds limit",
+        ),
         ({"files": ["rows.csv"], "image": {"shape": (1, 8, 8), "column": "picture"}}, "no column 'picture'"),
         ({"files": ["rows.csv"], "image": {"shape": (2, 8, 8), "column": "image"}}, "1 or 3 channels"),
         ({"files": ["arrays.parquet"], "image": {"shape": (1, 9, 9), "column": "image"}}, r"shape \(8, 8\)"),
@@ -132,7 +138,8 @@ def test_bad_images_are_named(pictures: Path, tmp_path: Path, changes: dict[str,
     channels_last = [{"image": np.zeros((4, 5, 3)).tolist(), "label": "left"}]
     (pictures / "last.json").write_text(json.dumps(channels_last))
     (pictures / "missing.csv").write_text("image,label\nnone.png,left\n")
-    for name, content in {"cut": _png(np.uint8)[:-24], "deep": _png(np.uint16)}.items():
+    contents = {"cut": _png(np.uint8)[:-24], "deep": _png(np.uint16), "huge": _claiming(20_000)}
+    for name, content in contents.items():
         (tmp_path / f"{name}.png").write_bytes(content)
         (pictures / f"{name}.csv").write_text(f"image,label\n{tmp_path / name}.png,left\n")
     if "source" in changes:
@@ -147,6 +154,16 @@ def _png(kind: Any) -> bytes:
     out = io.BytesIO()
     PIL.Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 64)).astype(kind)).save(out, "PNG")
     return out.getvalue()
+
+
+def _claiming(size: int) -> bytes:
+    """A PNG without pixels, whose header says that it is so wide and so high."""
+    header = struct.pack(">II", size, size) + bytes([8, 0, 0, 0, 0])
+    chunks = [(b"IHDR", header), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def vit_folder(folder: Path) -> Path:
