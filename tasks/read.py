@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.metadata
 import tarfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,8 @@ def _folder_of_images(data: Data) -> tuple[str, pyarrow.Table]:
     if not place.is_dir():
         raise InputError(f"data.source: {data.source} is no folder, which data.format: imagefolder reads")
     patterns = data.files or ("**/*",)
-    found = sorted({f for p in patterns for f in place.glob(p) if f.suffix.lower() in PICTURES})
+    files = set().union(*(_matching(place.glob, pattern, data) for pattern in patterns))
+    found = sorted(file for file in files if file.suffix.lower() in PICTURES)
     if not found:
         raise InputError(f"data.source: no image ({', '.join(PICTURES)}) below {place}")
     columns_ = {"image": [str(file) for file in found], "label": [file.parent.name for file in found]}
@@ -117,13 +119,20 @@ def _files(data: Data, scratch: Path) -> list[Path]:
         place = scratch / "archive"
     if place.is_file():
         return [place]
-    found = sorted(
-        {file for pattern in data.files or ("*",) for file in place.rglob(pattern) if file.is_file()}
-    )
-    missing = [pattern for pattern in data.files if not any(place.rglob(pattern))]
-    if missing or not found:
-        raise InputError(f"data.files: nothing in {data.source} matches {', '.join(missing) or '*'}")
-    return found
+    matched = {pattern: _matching(place.rglob, pattern, data) for pattern in data.files or ("*",)}
+    if missing := [pattern for pattern, files in matched.items() if not files]:
+        raise InputError(f"data.files: nothing in {data.source} matches {', '.join(missing)}")
+    return sorted(set().union(*matched.values()))
+
+
+def _matching(find: Callable[[str], Iterable[Path]], pattern: str, data: Data) -> set[Path]:
+    try:
+        return {file for file in find(pattern) if file.is_file()}
+    except (NotImplementedError, ValueError) as error:  # an absolute one, or `**` within a name
+        raise InputError(
+            f"data.files: {pattern!r} is not a pattern of files below {data.source}: {error}; write it "
+            "relative to that folder, for example *.csv or 2024/**/*.parquet"
+        ) from error
 
 
 def parquet(data: Data) -> list[Path]:

@@ -98,6 +98,16 @@ def test_every_file_is_read_and_no_other(fresh_home: Path, tmp_path: Path) -> No
     assert set(load.rows(dataset, "train")["file"]) == {"part", "rows[0]", "rows*"}
 
 
+@pytest.mark.parametrize("pattern", ["{0}/rows.csv", "**.csv"])
+@pytest.mark.parametrize("format", [None, "imagefolder"])
+def test_files_are_patterns_below_the_source(
+    fresh_home: Path, tmp_path: Path, pattern: str, format: str | None
+) -> None:
+    table(tmp_path, ROWS)
+    with pytest.raises(InputError, match=r"data\.files: '.*' is not a pattern .*; write it relative to"):
+        loaded(section(tmp_path, files=(pattern.format(tmp_path),), format=format))
+
+
 @pytest.mark.parametrize("end", ["", " ;", " -- all of them", "\n-- all\n-- of them\n"])
 def test_a_query_may_end_with_a_comment(fresh_home: Path, tmp_path: Path, end: str) -> None:
     import pyarrow
