@@ -66,7 +66,8 @@ def table_of(data: Data, content: str, labelled: bool = True) -> tuple[pyarrow.T
         with store.staging() as scratch:
             found = _files(data, scratch)
             tables = [
-                (file.name.split(".")[0], _beside(_parse(file, data, scratch), data, file)) for file in found
+                (file.name.split(".")[0], _beside(_parse(file, data, scratch), data, file, scratch))
+                for file in found
             ]
     files = [name for name, part in tables for _ in range(len(part))]
     if not files:
@@ -82,8 +83,8 @@ def table_of(data: Data, content: str, labelled: bool = True) -> tuple[pyarrow.T
     return table, files
 
 
-def _beside(table: pyarrow.Table, data: Data, file: Path) -> pyarrow.Table:
-    """Paths of images are relative to the file that lists them."""
+def _beside(table: pyarrow.Table, data: Data, file: Path, scratch: Path) -> pyarrow.Table:
+    """Paths of images are relative to the file that lists them; `scratch` is gone when they are opened."""
     import pyarrow
 
     name = data.image.column if data.image else None
@@ -91,8 +92,14 @@ def _beside(table: pyarrow.Table, data: Data, file: Path) -> pyarrow.Table:
         return table
     if table.schema.field(name).type not in (pyarrow.string(), pyarrow.large_string()):
         return table
-    places = [None if path is None else str(file.parent / path) for path in table[name].to_pylist()]
-    return table.set_column(table.column_names.index(name), name, pyarrow.array(places))
+    places = [None if path is None else file.parent / path for path in table[name].to_pylist()]
+    if any(place and place.is_relative_to(scratch) for place in places):
+        raise InputError(
+            f"data.source: {data.source} is an archive, and {file.name} in it lists images by their paths, "
+            "which are only read from a folder; unpack it, and name the folder"
+        )
+    paths = pyarrow.array([place and str(place) for place in places], pyarrow.string())
+    return table.set_column(table.column_names.index(name), name, paths)
 
 
 def _folder_of_images(data: Data) -> tuple[str, pyarrow.Table]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ def test_bad_images_are_named(pictures: Path, tmp_path: Path, changes: dict[str,
         changes = changes | {"source": changes["source"].format(pictures)}
     with pytest.raises(InputError, match=words):
         loaded(section(pictures, **changes))
+
+
+def test_images_that_a_table_in_an_archive_lists_are_refused(pictures: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(pictures / "rows.csv", "rows.csv")
+        archive.add(pictures / "sides", "sides")
+        archive.add(pictures / "images.parquet", "images.parquet")
+    data = {"source": f"path:{tmp_path / 'all.tar'}"}
+    with pytest.raises(InputError, match=r"all\.tar is an archive, and rows\.csv in it lists .*unpack it"):
+        loaded(section(pictures, files=["rows.csv"], **data))
+    assert loaded(section(pictures, files=["images.parquet"], **data)).facts["rows_read"] == COUNT
 
 
 def _png(kind: Any) -> bytes:
