@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-SUFFIXES = {".csv": "csv", ".txt": "csv", ".tsv": "csv", ".gz": "csv", ".json": "json", ".jsonl": "json"}
+SUFFIXES = {".csv": "csv", ".txt": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 def locate(source: str) -> Path:
@@ -159,7 +159,8 @@ def parquet(data: Data) -> list[Path]:
 def _parse(file: Path, data: Data, scratch: Path) -> pyarrow.Table:
     from datasets import load_dataset
 
-    kind = data.format or SUFFIXES.get(file.suffix, file.suffix.removeprefix("."))
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    kind = data.format or SUFFIXES.get(suffix, suffix.removeprefix("."))
     if kind not in ("csv", "json", "parquet"):
         raise InputError(
             f"{file}: cannot tell the format from the name; set data.format to csv, json or parquet"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +98,19 @@ def test_every_file_is_read_and_no_other(fresh_home: Path, tmp_path: Path) -> No
     dataset = loaded(section(tmp_path, files=("**/*.csv",)))
     assert (dataset.facts["rows_read"], dataset.facts["rows_repeated"]) == (len(ROWS), 0)
     assert set(load.rows(dataset, "train")["file"]) == {"part", "rows[0]", "rows*"}
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl", "rows.jsonl.gz", "rows.json.gz"])
+def test_the_name_tells_the_format_with_gz_behind_it_too(fresh_home: Path, tmp_path: Path, name: str) -> None:
+    lines = ["text,label", *ROWS]
+    if "json" in name:
+        lines = [json.dumps(dict(zip(("text", "label"), row.split(","), strict=True))) for row in ROWS]
+    content = "\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert loaded(section(tmp_path / name)).facts["rows_read"] == len(ROWS)
+    shutil.move(tmp_path / name, tmp_path / "rows.gz")
+    with pytest.raises(InputError, match=r"rows\.gz: cannot tell the format .*; set data\.format"):
+        loaded(section(tmp_path / "rows.gz"))
 
 
 @pytest.mark.parametrize("pattern", ["{0}/rows.csv", "**.csv"])
