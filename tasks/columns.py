@@ -49,9 +49,16 @@ def _texts(table: pyarrow.Table, data: Data) -> list[str]:
     if bad:
         raise InputError(
             f"data.text: {len(bad)} of {len(texts)} rows have no text in column {data.text!r} "
-            f"(first at row {bad[0] + 1}: {texts[bad[0]]!r}); remove or fill them"
+            f"(first at row {bad[0] + 1}: {texts[bad[0]]!r}); remove or fill them{_missing(texts[bad[0]])}"
         )
     return texts
+
+
+def _missing(value: Any) -> str:
+    """Why a value may be missing that the file holds."""
+    if value is not None:
+        return ""
+    return "; None, NA and the like in a CSV are missing unless data.read is {keep_default_na: false}"
 
 
 def _prompts(table: pyarrow.Table, data: Data) -> list[str | None]:
@@ -174,7 +181,7 @@ def labels(table: pyarrow.Table, data: Data) -> tuple[dict[int, int], list[int]]
         if str(value) not in index:
             raise InputError(
                 f"data.label: unknown label {value!r} in column {data.label!r}, row {row + 1}; "
-                f"data.labels has {', '.join(data.labels)}"
+                f"data.labels has {', '.join(data.labels)}{_missing(value)}"
             )
     return {row: index[str(value)] for row, value in enumerate(found)}, list(range(len(found)))
 

@@ -100,6 +100,19 @@ def test_every_file_is_read_and_no_other(fresh_home: Path, tmp_path: Path) -> No
     assert set(load.rows(dataset, "train")["file"]) == {"part", "rows[0]", "rows*"}
 
 
+def test_words_that_a_csv_reads_as_missing_are_told_and_can_be_kept(fresh_home: Path, tmp_path: Path) -> None:
+    """pandas reads `None` and `NA` so."""
+    way = r"unless data\.read is {keep_default_na: false}"
+    texts = table(tmp_path, [*ROWS, "None,good"])
+    with pytest.raises(InputError, match=f"rows have no text .*row 41: None.*{way}"):
+        loaded(section(texts))
+    labels = {"labels": ("NA", "good")}
+    names = table(tmp_path, [row.replace("bad", "NA") for row in ROWS])
+    with pytest.raises(InputError, match=f"unknown label None .*, row 1; data.labels has NA, good; .*{way}"):
+        loaded(section(names, **labels))
+    assert loaded(section(names, **labels, read={"keep_default_na": False})).facts["rows_read"] == len(ROWS)
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl", "rows.jsonl.gz", "rows.json.gz"])
 def test_the_name_tells_the_format_with_gz_behind_it_too(fresh_home: Path, tmp_path: Path, name: str) -> None:
     lines = ["text,label", *ROWS]
