@@ -68,6 +68,15 @@ def _read(file: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, where YAML would silently keep the last."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # PyYAML leaves Python's own
+            raise yaml.YAMLError(
+                f"{node.value!r} at line {node.start_mark.line + 1}: {error}; put quotes around a text that "
+                "looks like a date"
+            ) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         mapping = super().construct_mapping(node, deep)

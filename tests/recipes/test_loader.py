@@ -184,7 +184,9 @@ def test_overrides_are_yaml_values() -> None:
     assert recipe.qat.epochs == 0.5
 
 
-@pytest.mark.parametrize("override", ["novalue", "=3", "task.deeper=1", "gate=[", "gate=: :"])
+@pytest.mark.parametrize(
+    "override", ["novalue", "=3", "task.deeper=1", "gate=[", "gate=: :", "task=2024-02-31"]
+)
 def test_an_override_that_cannot_be_read_is_an_error(override: str) -> None:
     with pytest.raises(RecipeError, match="--set|not valid"):
         recipes.load(QUICK, [override])
@@ -222,6 +224,7 @@ def test_no_such_recipe_names_the_nearest() -> None:
         ("- a\n- b\n", "a recipe is a mapping"),
         ("task: a\ntask: b\n", "stands twice"),
         ("", "a recipe is a mapping"),
+        ("task: a\nday: 2024-02-31\n", "not valid YAML: '2024-02-31' at line 2: day is out of range"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, words: str) -> None:
