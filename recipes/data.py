@@ -6,12 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-Source = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^(hub:[\w.-]+(/[\w.-]+)?|(path|modelopt):.+|package:[\w.-]+/.+|python:[\w.]+:\w+)$"
-    ),
-]
+PLACE = r"hub:[\w.-]+(/[\w.-]+)?|path:.+|package:[\w.-]+/.+"
+Rows = Annotated[str, StringConstraints(pattern=rf"^({PLACE})$")]
+Source = Annotated[str, StringConstraints(pattern=rf"^({PLACE}|modelopt:.+|python:[\w.]+:\w+)$")]
 
 
 class Section(BaseModel):
@@ -71,7 +68,7 @@ class Data(Section):
     the files hold. `prompt` makes an image's text of its label: `a photo of a {label}`.
     """
 
-    source: Source
+    source: Rows
     revision: str | None = None
     files: tuple[str, ...] = ()
     format: Literal["csv", "json", "parquet", "imagefolder"] | None = None

@@ -117,9 +117,10 @@ def _explain(detail: ErrorDetails) -> str:
             str(detail["input"]), expected
         )
     if detail["type"] == "string_pattern_mismatch" and where.endswith("source"):
+        weights = ", python:<module>:<function>, modelopt:<folder>" if where == "model.source" else ""
         return (
             f"{where}: {detail['input']!r} is no source; write hub:<id>, path:<file or folder>, "
-            "package:<distribution>/<file suffix>, python:<module>:<function> or modelopt:<folder>"
+            f"package:<distribution>/<file suffix>{weights}"
         )
     if detail["type"] == "missing":
         return f"{where}: this key is required"

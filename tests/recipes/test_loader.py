@@ -32,6 +32,8 @@ def test_a_recipe_is_frozen() -> None:
         ("data.split.test=0", ["data.split.test", "greater than or equal to 1", "got 0"]),
         ("data.split.train=many", ["data.split.train", "'many'"]),
         ("data.source=somewhere", ["data.source: 'somewhere' is no source", "path:", "package:"]),
+        ("data.source=python:mine:rows", ["data.source: 'python:mine:rows' is no source; write hub:"]),
+        ("model.source=mine", ["model.source: 'mine' is no source", "python:<module>:<function>, modelopt:"]),
         ("model.name=a b", ["model.name", "'a b'"]),
         ("model.tokenizer=hub:org/name", ["hub:org/name is no folder here", "package:NAME/FOLDER"]),
         ("data.image=null", ["needs data.image"]),
