@@ -112,6 +112,8 @@ def _crossed(queries: tuple[Any, Any], documents: tuple[Any, Any], k: int) -> An
 
 def _neighbours(predictions: Any, references: Any, k: int) -> Any:
     """Which share of the k rows nearest to row i by the references is nearest by the predictions, too."""
+    if len(references) < 2:
+        raise InputError("metric neighbours@k: a single row has no neighbours; raise data.split.test")
     found = [_nearest(vectors, k) for vectors in (predictions, references)]
     return np.array([len(set(ours) & set(theirs)) / len(theirs) for ours, theirs in zip(*found, strict=True)])
 

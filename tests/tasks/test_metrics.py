@@ -53,6 +53,15 @@ def test_recall_counts_what_is_among_the_k_nearest_and_ties_against_it() -> None
     assert scores(metric("recall@3"), queries, documents) == (1, 1, 1)
 
 
+def test_neighbours_are_shares_of_the_other_rows() -> None:
+    vectors = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    assert scores(metric("neighbours@1"), vectors, vectors) == (1, 1, 1)
+    assert scores(metric("neighbours@1"), vectors[[0, 2, 1]], vectors) == (0, 0, 0)
+    assert scores(metric("neighbours@5"), vectors[:2], vectors[1:]) == (1, 1)
+    with pytest.raises(InputError, match=r"a single row has no neighbours; raise data\.split\.test"):
+        scores(metric("neighbours@1"), vectors[:1], vectors[:1])
+
+
 def test_images_and_texts_find_each_other_by_the_number_of_the_text() -> None:
     images = np.array([[1.0, 0], [0.9, 0.1], [0, 1], [0.8, 0.2]])
     texts = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
