@@ -12,7 +12,7 @@ import recipes
 from flows.retrain import sourced
 from tasks import lineage, registry
 from tasks.build import machine, precision
-from tasks.drift import Drifted, compare, survey
+from tasks.drift import Drifted, check_rows, compare, survey
 from tasks.errors import InputError
 from tasks.export import export
 from tasks.load import content, load_inputs
@@ -35,6 +35,7 @@ def watch(model: str, data: str) -> Drifted:
     recipe = recipes.parse(asked, (), "--data")
 
     new = load_inputs(recipe.data, recipe.task, content(recipe.data))
+    check_rows(new, recipe.drift)
     # ONNX Runtime counts in the engine itself; another runtime's engine is counted in its ONNX.
     model_ = None
     if champion.engine.plan.runtime != "onnxruntime":

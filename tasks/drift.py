@@ -98,6 +98,12 @@ def _add(outputs: types.Example, feed: types.Example, ends: dict[str, float]) ->
     return weight
 
 
+def check_rows(new: Dataset, section: Drift) -> None:
+    """Raise InputError where the new inputs are fewer than a drift can be told by."""
+    if (rows := new.rows["inputs"]) < section.min_rows:
+        raise InputError(f"{rows} rows are too few to tell a drift (drift.min_rows: {section.min_rows})")
+
+
 def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
     """What the new rows ask for, given what the calibration rows were like."""
     old, now = loaded(reference), loaded(new)

@@ -347,6 +347,7 @@ def test_a_checkpoint_quantized_elsewhere_goes_straight_to_the_gate(
 
 def test_watching_asks_when_inputs_or_ranges_have_moved(second: Outcome, recipe: Path) -> None:
     from flows.watch import watch
+    from tasks.stage import timeline
 
     alike = watch("again", str(sentences(recipe.parent / "alike.jsonl", range(5000, 5400))))
     assert alike.psi["class"] < alike.chance["class"]
@@ -360,6 +361,7 @@ def test_watching_asks_when_inputs_or_ranges_have_moved(second: Outcome, recipe:
     assert moved.psi["class"] > 0.2
     with pytest.raises(InputError, match="too few"):
         watch("again", str(sentences(recipe.parent / "few.jsonl", range(20))))
+    assert [timing.stage for timing in timeline] == ["load inputs"]
 
 
 def test_pruning_takes_only_what_nothing_refers_to(second: Outcome) -> None:
