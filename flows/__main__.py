@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import recipes
-from flows.verbs import BAD_INPUT, FAILED, VERBS
+from flows import settings
+from flows.verbs import BAD_INPUT, FAILED, SERVICES, VERBS
 from tasks import store
 from tasks.errors import InputError
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if getattr(options, "recipe", None):
             recipes.load(options.recipe, options.set)
+        settings.check_services(*SERVICES.get(options.verb, ()))
         return VERBS[options.verb](options)
     except (recipes.RecipeError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)

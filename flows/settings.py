@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from tasks.errors import InputError
+
+_started: dict[str, str] = {}  # the addresses of `make up` that this process uses
 
 
 def apply() -> None:
     """Set what is not set: the services that `make up` started, else none; quiet, no telemetry."""
     home = Path(os.environ.get("ENGINEHOUSE_HOME", "~/.enginehouse")).expanduser().absolute()
-    for name, value in (_services(home) | defaults(home)).items():
+    services = _services(home)
+    _started.clear()
+    _started.update({name: value for name, value in services.items() if name not in os.environ})
+    for name, value in (services | defaults(home)).items():
         os.environ.setdefault(name, value)
+
+
+def check_services(*names: str) -> None:
+    """Raise InputError where nothing listens at an address that `make up` left, as after a restart of the
+    machine: clients would try again for four minutes. A server of your own is not looked at.
+    """
+    for address in (_started[name] for name in names if name in _started):
+        if _refused(address):
+            raise InputError(
+                f"the services that `make up` started are away (nothing listens at {address}): `make up` "
+                "brings them back, `make down` goes on without them"
+            )
+
+
+def _refused(address: str) -> bool:
+    place = urlsplit(address)
+    try:
+        socket.create_connection((place.hostname, place.port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # too busy to answer: the client waits for it
+        return False
+    return False
 
 
 def defaults(home: Path) -> dict[str, str]:

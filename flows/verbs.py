@@ -206,3 +206,11 @@ VERBS = {
     "touched": _touched,
     "push": _push,
 }
+
+_MLFLOW = ("MLFLOW_TRACKING_URI",)
+_BOTH = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
+SERVICES = {
+    **dict.fromkeys(("optimize", "retrain", "watch", "push"), _BOTH),
+    **dict.fromkeys(("prune", "verdict", "promote", "reconcile", "rollback", "override", "verify"), _MLFLOW),
+}
+"""Whose addresses a verb needs; the others ask neither server."""

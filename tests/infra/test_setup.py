@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 
 from flows import settings
+from flows.__main__ import main
 from infra import database, keys, services, setup
 from tasks.errors import InputError
 
@@ -93,3 +95,31 @@ def test_clients_use_the_services_unless_they_name_their_own(
     assert (os.environ["MLFLOW_TRACKING_URI"], os.environ["PREFECT_API_URL"]) == ("mine", "p")
     assert "ENGINEHOUSE_LEDGER" not in os.environ
     monkeypatch.delenv("PREFECT_API_URL")
+
+
+def test_a_command_says_at_once_that_the_services_are_away(
+    fresh_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a restart of the machine: `up` left the addresses, and nothing listens there."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        away = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    ledger = f"sqlite:///{keys.folder() / 'ledger.db'}"
+    told = {"PREFECT_API_URL": f"{away}/api", "MLFLOW_TRACKING_URI": away, "ENGINEHOUSE_LEDGER": ledger}
+    keys.write(keys.folder() / "client.env", told)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in told:
+        monkeypatch.delenv(name, raising=False)
+    try:
+        settings.apply()
+        for arguments in (["verify", "digits-cnn@champion"], ["optimize", "digits-cnn-int8-ptq"]):
+            assert main(arguments) == 2
+            assert f"nothing listens at {away}" in capsys.readouterr().err
+        assert main(["history", "digits-cnn"]) == 0  # the ledger is no server's
+        settings.apply()  # now the environment names them, as a worker's does: its runs wait
+        settings.check_services(*told)
+    finally:
+        (keys.folder() / "client.env").unlink()
+        for name in told:
+            monkeypatch.delenv(name)
+        settings.apply()
