@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -314,19 +315,30 @@ def _answers(address: str) -> bool:
         return False
 
 
-def test_serving_needs_neither_torch_nor_modelopt_and_unpickles_nothing(digits: Outcome) -> None:
-    code = f"""
+def test_serving_needs_neither_torch_nor_modelopt_and_unpickles_nothing(
+    digits: Outcome, tmp_path: Path
+) -> None:
+    """By the address that the README gives, which is that of the state folder at its usual place."""
+    (tmp_path / ".enginehouse").symlink_to(store.home())
+    (export,) = re.findall(r"^export MLFLOW_TRACKING_URI=.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    code = """
 import sys, json, pickle, numpy, mlflow
 def refuse(*a, **k): raise RuntimeError("unpickled")
-mlflow.set_tracking_uri({registry_engine.default_uri()!r})
 pickle.load = pickle.loads = pickle.Unpickler = refuse
 model = mlflow.pyfunc.load_model("models:/digits-cnn@champion")
 found = model.predict(numpy.zeros((3, 1, 8, 8), numpy.float32))
-assert not {{"torch", "modelopt", "transformers"}} & set(sys.modules), "heavy"
+assert not {"torch", "modelopt", "transformers"} & set(sys.modules), "heavy"
 print(json.dumps(found))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+        ["bash", "-c", f'{export}\nexec "$0" -c "$1"', sys.executable, code],
+        cwd=tmp_path,
+        env=environment | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
