@@ -13,6 +13,7 @@ from tasks import registry_engine, store
 
 if TYPE_CHECKING:
     from flows.judge import Outcome
+    from tasks.artifacts import Version
     from tasks.manifest import Attempt
 
 
@@ -27,7 +28,7 @@ def table(outcome: Outcome) -> str:
         lines += _story(attempt)
     lines += [
         f"manifest  {version.manifest}",
-        f"MLflow    {_mlflow()}",
+        f"MLflow    {_mlflow(version)}",
         f"Prefect   {_prefect()}",
     ]
     return "\n".join(lines)
@@ -55,7 +56,8 @@ def _story(attempt: Attempt) -> list[str]:
 def _prefect() -> str:
     """Where to look, or the command that shows it."""
     api = os.environ.get("PREFECT_API_URL", "")
-    own = f"PREFECT_HOME={os.environ['PREFECT_HOME']} {_command('prefect')} server start"
+    quiet = f"PREFECT_SERVER_ANALYTICS_ENABLED=false PREFECT_HOME={os.environ['PREFECT_HOME']}"
+    own = f"{quiet} {_command('prefect')} server start"
     return api.removesuffix("/api") or own
 
 
@@ -96,13 +98,19 @@ def _engines(outcome: Outcome, attempt: Attempt) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def _mlflow() -> str:
+def _mlflow(version: Version) -> str:
+    """The version's page, which MLflow's front page does not lead to, or the command that serves it."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", registry_engine.default_uri())
+    page = f"#/models/{version.model}/versions/{version.version}"
+    if uri.startswith("http"):
+        return f"{uri}/{page}"
     if uri != registry_engine.default_uri():
         return uri
     artifacts = (store.home() / "mlartifacts").as_uri()
-    command = f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {_command('mlflow')} server -w 1"
-    return f"{command} --backend-store-uri {uri} --artifacts-destination {artifacts}"
+    quiet = "MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
+    command = f"{quiet} {_command('mlflow')} server -w 1"
+    command += f" --backend-store-uri {uri} --artifacts-destination {artifacts}"
+    return f"{command}\n          then http://127.0.0.1:5000/{page}"
 
 
 def _command(name: str) -> str:

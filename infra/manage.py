@@ -54,6 +54,7 @@ def down(folder: Path) -> None:
 def addresses(setup: Setup) -> str:
     """Where to look, once all answers."""
     lines = [f"{name:9} {setup.url(name)}" for name in services.HEALTH]
+    lines += [f"models    {setup.url('mlflow')}/#/models"]  # MLflow's front page does not lead there
     lines += [f"state     {setup.home}", f"logs      {setup.folder}/*.log"]
     if setup.auth:
         lines.append(f"passwords {setup.folder / 'secrets.env'} (MLflow's user is admin)")

@@ -315,6 +315,18 @@ def _answers(address: str) -> bool:
         return False
 
 
+def test_the_summary_leads_to_the_version_and_starts_nothing_that_reports(
+    digits: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = table(digits)
+    page = f"#/models/digits-cnn/versions/{digits.version.version}"
+    assert f"http://127.0.0.1:5000/{page}" in said
+    for quiet in ("MLFLOW_DISABLE_TELEMETRY=true", "PREFECT_SERVER_ANALYTICS_ENABLED=false"):
+        assert quiet in said
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org")
+    assert f"MLflow    http://mlflow.example.org/{page}\n" in table(digits)
+
+
 def test_serving_needs_neither_torch_nor_modelopt_and_unpickles_nothing(
     digits: Outcome, tmp_path: Path
 ) -> None:
