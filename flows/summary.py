@@ -89,13 +89,18 @@ def _engines(outcome: Outcome, attempt: Attempt) -> list[str]:
         row += [f"{engine.bytes / 1e6:.1f}", "-" if value is None else f"{value:.4f}"]
         for size in sizes:
             p50, p99 = (numbers.get(f"{name}_{key}_b{size}") for key in ("p50", "p99"))
-            row.append("-" if p50 is None or p99 is None else f"{p50 * 1e3:.1f}/{p99 * 1e3:.1f}")
+            row.append("-" if p50 is None or p99 is None else f"{_ms(p50)}/{_ms(p99)}")
         rows.append(row)
     widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds to a tenth; a short call's with two digits, or all of them would be 0.0."""
+    return f"{seconds * 1e3:.1f}" if seconds >= 1e-3 else f"{seconds * 1e3:.2g}"
 
 
 def _mlflow(version: Version) -> str:

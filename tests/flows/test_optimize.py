@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
@@ -325,6 +326,11 @@ def test_the_summary_leads_to_the_version_and_starts_nothing_that_reports(
         assert quiet in said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.org")
     assert f"MLflow    http://mlflow.example.org/{page}\n" in table(digits)
+
+
+def test_the_summary_tells_short_calls_apart(digits: Outcome) -> None:
+    short = {"candidate_p50_b1": 3.1e-5, "candidate_p99_b1": 9.9e-3}
+    assert " 0.031/9.9 " in table(replace(digits, metrics=digits.metrics | short))
 
 
 def test_serving_needs_neither_torch_nor_modelopt_and_unpickles_nothing(
