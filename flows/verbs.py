@@ -33,6 +33,7 @@ def _optimize(options: argparse.Namespace) -> int:
 
 def _retrain(options: argparse.Namespace) -> int:
     store.prepare()
+    _registered(options.model)
     from flows import artifacts
     from flows.retrain import retrain
 
@@ -54,6 +55,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 def _watch(options: argparse.Namespace) -> int:
     store.prepare()
+    _registered(options.model)
     from flows.watch import table, watch
 
     found = watch(options.model, options.data)
@@ -72,6 +74,13 @@ def _told(outcome: Outcome, as_json: bool) -> int:
     return STATUS[outcome.verdict]
 
 
+def _registered(model: str) -> None:
+    """A misspelt model is told with the names that there are, before Prefect starts its server."""
+    from tasks import registry_alias
+
+    registry_alias.check_model(model)
+
+
 def _verdict(options: argparse.Namespace) -> int:
     from flows.verdict import recompute
 
@@ -82,10 +91,10 @@ def _verdict(options: argparse.Namespace) -> int:
 
 
 def _promote(options: argparse.Namespace) -> int:
+    _registered(options.model)
     from flows import promote
     from tasks import registry_alias
 
-    registry_alias.check_model(options.model)
     if options.to:
         registry_alias.set_alias(options.model, options.to)
     done = promote.agree(options.model)
@@ -104,10 +113,9 @@ def _reconcile(_options: argparse.Namespace) -> int:
 
 
 def _rollback(options: argparse.Namespace) -> int:
+    _registered(options.model)
     from flows import promote
-    from tasks import registry_alias
 
-    registry_alias.check_model(options.model)
     done = promote.back(options.model, options.to, options.by or _user(), options.reason)
     print(f"{done.model}: {done.action}, champion {done.champion} ({done.seconds:.1f} s)")
     return 0 if done.action == "rolled-back" else FAILED
@@ -140,6 +148,7 @@ def _history(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    _registered(options.address.partition("@")[0])
     from flows import verify
 
     lines, whole = verify.report(options.address)

@@ -100,6 +100,18 @@ def test_bad_input_is_told_in_words_and_registers_nothing(
     failed(registry.client(), words, "nobody")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["retrain", "nobody"], ["watch", "nobody", "--data", "x"], ["verify", "nobody"]]
+)
+def test_a_model_that_is_not_registered_is_told_before_a_run_begins(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flow in ("flows.retrain.retrain", "flows.watch.watch"):
+        monkeypatch.setattr(flow, lambda *_: pytest.fail("a run began"))
+    assert main(arguments) == 2
+    assert "no model is registered as 'nobody'; there are: " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_whole_command_tells_it_too(tmp_path: Path) -> None:
     """In a state folder of its own, with the server that it starts."""
