@@ -151,7 +151,8 @@ def sensitivity(
     unit, points = (100, " points") if how.points else (1, "")
     text = texts([unit * x for x in (*ends, allowed)])
     sentence = (
-        f"{rows[0]} {rows[1]} can tell a drop of {text[0]} to {text[1]}{points} of {how.name} from noise, "
+        f"{rows[0]} {rows[1]} can tell a {_worsening(how)} of {text[0]} to {text[1]}{points} of {how.name} "
+        "from noise, "
         f"allowed {text[2]}"
     )
     if coarse:
@@ -176,11 +177,15 @@ def _nothing_told(
     else:
         why = "is undefined on some random samples of them, take more"
     sentence = (
-        f"{rows[0]} {rows[1]} can tell no drop of {how.name} from noise: too coarse, it {why}, "
+        f"{rows[0]} {rows[1]} can tell no {_worsening(how)} of {how.name} from noise: too coarse, it {why}, "
         f"or another metric{_warning(gate)}"
     )
     facts = {"examples": rows[0], "coarse": True}
     return Rule(name, gate.on_coarse == "warn", sentence, None, allowed, None, facts)
+
+
+def _worsening(how: Metric) -> str:
+    return "drop" if how.higher_is_better else "rise"
 
 
 def _warning(gate: Gate) -> str:

@@ -98,6 +98,16 @@ def test_numbers_that_differ_are_not_written_alike() -> None:
     assert low.removeprefix("-") != allowed
 
 
+def test_what_gets_worse_by_growing_is_said_to_rise() -> None:
+    losses = np.linspace(1, 2, N)
+    engines = {
+        "candidate": Measured("executed", scores=(losses + 0.001).tolist()),
+        "baseline": Measured("executed", scores=losses.tolist()),
+    }
+    verdict = judge(Measurements("mae", engines), Gate(metric="mae", max_drop=0.02))
+    assert "can tell a rise of " in rule(verdict, "mae_sensitivity_vs_baseline").sentence
+
+
 def test_equal_engines_pass_but_not_with_certainty() -> None:
     found = rule(judge(measured(), Gate(max_drop=0.01)), "accuracy_vs_baseline")
     assert found.passed
