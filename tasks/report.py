@@ -154,7 +154,8 @@ def _detectable(rule: Rule) -> list[float]:
 
 
 def _figure(value: float, scale: float) -> str:
-    form = "+.2f" if scale > 1 else ".3f" if abs(value) < 100 else ",.0f"
+    small = 0 < abs(value) < 5e-4  # would be drawn as 0.000
+    form = "+.2f" if scale > 1 else ".1e" if small else ".3f" if abs(value) < 100 else ",.0f"
     return format(value, form).replace("-", "−")
 
 

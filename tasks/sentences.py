@@ -39,11 +39,17 @@ def span(gate: Gate, ends: tuple[float, float], told: list[str]) -> str:
 
 
 def texts(values: list[float], digits: int = 1) -> list[str]:
-    """Numbers with just enough decimals that the last, a limit, is exact and looks equal to no other."""
+    """Numbers with just enough decimals that the last, a limit, is exact and looks equal to no other, and
+    that the others do not all look like nothing.
+    """
+    limit, others = values[-1], [abs(x) for x in values[:-1]]
     for more in range(digits, digits + 4):
         found = [f"{x:.{more}f}" for x in values]
-        limit, others = values[-1], [abs(x) for x in values[:-1]]
         exact = isclose(float(found[-1]), limit)
         if exact and all(isclose(x, limit) or f"{x:.{more}f}" != found[-1] for x in others):
             break
+    largest = max((x for x in others if isfinite(x)), default=0.0)
+    while largest >= 5e-9 and float(f"{largest:.{more}f}") == 0:
+        more += 1
+        found = [f"{x:.{more}f}" for x in values]
     return found

@@ -98,6 +98,19 @@ def test_numbers_that_differ_are_not_written_alike() -> None:
     assert low.removeprefix("-") != allowed
 
 
+def test_small_numbers_are_not_written_as_zero() -> None:
+    """Cosines to the reference of a candidate that is all but equal to it."""
+    cosines = (1 - 2e-5 * (1 + 0.1 * np.sin(np.arange(N)))).tolist()
+    found = measured(candidate={"scores": cosines})
+    engines = found.engines | {"baseline": replace(found.engines["baseline"], scores=[1.0] * N)}
+    verdict = judge(replace(found, metric="cosine", engines=engines), Gate(metric="cosine", max_drop=0.02))
+    sentence = rule(verdict, "cosine_vs_baseline").sentence
+    assert sentence.startswith(
+        "cosine fell 0.00002 against the baseline (95 % interval -0.00002 to -0.00002)"
+    )
+    assert " 0.00000 to 0.00000 " not in rule(verdict, "cosine_sensitivity_vs_baseline").sentence
+
+
 def test_what_gets_worse_by_growing_is_said_to_rise() -> None:
     losses = np.linspace(1, 2, N)
     engines = {
