@@ -63,7 +63,7 @@ def judge(attempt: Attempt) -> Outcome:
     told, drawn = shown(attempt)
     scores["candidate"] = replace(scores["candidate"], values=scores["candidate"].values | told)
     timing = benchmark(
-        judged, attempt.dataset, recipe.benchmark, recipe.build.threads, machine(recipe.build.runtime)
+        judged, attempt.dataset, recipe.timing, recipe.build.threads, machine(recipe.build.runtime)
     )
 
     # 4. Is what the champion had learned still there?

@@ -87,9 +87,9 @@ class Drift(Section):
 class Benchmark(Section):
     """Interleaved rounds of every engine at each batch size; a round lasts at least `round_ms`.
 
-    There are more, up to `max_rounds`, until half the interval of candidate / champion is at most
-    `precision` (its limit is close to 1), and of candidate / baseline at most five times that: a few noisy
-    rounds would refuse a good engine.
+    Where the gate judges latency (or `max_rounds` is given) there are more, up to `max_rounds`, until half
+    the interval of candidate / champion is at most `precision` (its limit is close to 1), and of candidate /
+    baseline at most five times that: a few noisy rounds would refuse a good engine.
     """
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8), min_length=1)
@@ -97,7 +97,7 @@ class Benchmark(Section):
     round_ms: float = Field(20, ge=1)
     warmup: int = Field(3, ge=1)
     max_rounds: int | None = Field(None, ge=6)
-    """Four times `rounds` where none is given."""
+    """Four times `rounds` where none is given, and latency is judged."""
     precision: float = Field(0.02, gt=0)
 
     @model_validator(mode="after")
@@ -349,6 +349,13 @@ class Recipe(Section):
                 "export.huggingface: vLLM and TensorRT-LLM have no quantized embedding; set "
                 "quantize.embeddings: false"
             )
+
+    @property
+    def timing(self) -> Benchmark:
+        """The benchmark section, without further rounds where no rule looks at what they tell."""
+        if self.gate.max_latency_ratio or self.benchmark.max_rounds:
+            return self.benchmark
+        return self.benchmark.model_copy(update={"max_rounds": self.benchmark.rounds})
 
     @property
     def compresses(self) -> bool:

@@ -110,9 +110,11 @@ def test_a_second_run_reuses_every_stage_and_registers_nothing_new(
 
 
 def test_only_what_a_changed_line_affects_runs_again(digits: Outcome, optimize: Optimize) -> None:
-    changed = optimize(QUICK, "benchmark.rounds=7", "promote=manual")
+    changed = optimize(QUICK, "benchmark={rounds: 7, precision: 1.0e-9}", "promote=manual")
     fresh = [timing.stage for timing in changed.attempt.timeline if not timing.reused]
     assert fresh == ["benchmark", "gate"]
+    assert changed.attempt.timing is not None
+    assert changed.attempt.timing.facts["rounds"] == 7, "no rule judges latency, so nothing needs more"
     assert changed.verdict == "registered"
     assert changed.version.gate == "passed"
     assert changed.version.alias is None
