@@ -28,6 +28,16 @@ def largest_error(predictions: Any, references: Any) -> float:
 largest_error.higher_is_better = False  # type: ignore[attr-defined]
 
 
+def test_the_example_of_a_metric_of_your_own_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("## A metric of your own")[1]
+    (tmp_path / "within.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    found = metric("python:within:one")
+    assert (found.takes, found.higher_is_better, found.points) == ("label", True, True)
+    assert scores(found, [1, 5, 3], [2, 2, 3]) == (1.0, 0.0, 1.0)
+    assert found.value(np.array([1, 5]), np.array([2, 2])) == 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "predictions", "references", "expected"),
     [
