@@ -26,6 +26,8 @@ from tasks.types import texts
 if TYPE_CHECKING:
     from torch import nn
 
+LONGEST = 2049  # tokens that are tried: learned positions end below, and attention grows with the square
+
 
 def fingerprint(source: str, revision: str | None = None, repository: str = "model") -> str:
     """What the source holds now, as one digest: a file's content, a module's with those of the user's own
@@ -227,10 +229,11 @@ def _length_fits(module: nn.Module, kind: types.TaskType, example: types.Example
     def works(length: int) -> bool:
         return not isinstance(tried(length), Exception)
 
-    if isinstance(problem := tried(max_length), Exception):
+    long = min(max_length, LONGEST)
+    if isinstance(problem := tried(long), Exception):
         raise InputError(
             f"data.max_length is {max_length}, the longest text that the network takes has "
-            f"{_last(works, len(example['input_ids']), max_length)} tokens; lower it "
+            f"{_last(works, len(example['input_ids']), long)} tokens; lower it "
             f"({type(problem).__name__}: {problem})"
         ) from problem
 
