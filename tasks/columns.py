@@ -178,7 +178,7 @@ def labels(table: pyarrow.Table, data: Data) -> tuple[dict[int, int], list[int]]
     index = {name: k for k, name in enumerate(data.labels)}
     found = column(table, data.label, "data.label")
     for row, value in enumerate(found):
-        if str(value) not in index:
+        if value is None or str(value) not in index:
             raise InputError(
                 f"data.label: unknown label {value!r} in column {data.label!r}, row {row + 1}; "
                 f"data.labels has {', '.join(data.labels)}{_missing(value)}"

@@ -107,9 +107,6 @@ def check_rows(new: Dataset, section: Drift) -> None:
 def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
     """What the new rows ask for, given what the calibration rows were like."""
     old, now = loaded(reference), loaded(new)
-    rows = len(now["size"])
-    if rows < section.min_rows:
-        raise InputError(f"{rows} rows are too few to tell a drift (drift.min_rows: {section.min_rows})")
     index = {name: psi(old[name], now[name]) for name in old if name != "overflow"}
     chance = {name: psi_by_chance(old[name], now[name]) for name in index}
     # Calibration rows reach the end, too: whatever was largest there, and every value equal to it.
@@ -130,7 +127,7 @@ def compare(reference: Metrics, new: Metrics, section: Drift) -> Drifted:
             f"by chance up to {chance[name]:.2f}"
         )
     asks = ("recalibrate",) * bool(over) + ("retrain",) * bool(shifted)
-    return Drifted(rows, now["overflow"], old["overflow"], index, chance, asks, tuple(reasons))
+    return Drifted(len(now["size"]), now["overflow"], old["overflow"], index, chance, asks, tuple(reasons))
 
 
 def psi(reference: Sequence[float], new: Sequence[float]) -> float:

@@ -111,6 +111,9 @@ def test_words_that_a_csv_reads_as_missing_are_told_and_can_be_kept(fresh_home: 
     with pytest.raises(InputError, match=f"unknown label None .*, row 1; data.labels has NA, good; .*{way}"):
         loaded(section(names, **labels))
     assert loaded(section(names, **labels, read={"keep_default_na": False})).facts["rows_read"] == len(ROWS)
+    empty = table(tmp_path, [row.replace("bad", "") for row in ROWS])
+    with pytest.raises(InputError, match="unknown label None .*, row 1; data.labels has None, good"):
+        loaded(section(empty, labels=("None", "good")))
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl", "rows.jsonl.gz", "rows.json.gz"])
