@@ -86,7 +86,9 @@ def _verdict(options: argparse.Namespace) -> int:
 
     content, same = recompute(options.run_id)
     sys.stdout.buffer.write(content + b"\n")
-    print("the same bytes as logged" if same else "error: NOT the verdict that was logged", file=sys.stderr)
+    print(
+        "the verdict that was logged" if same else "error: NOT the verdict that was logged", file=sys.stderr
+    )
     return 0 if same else FAILED
 
 

@@ -1,4 +1,4 @@
-"""Judge a logged run again from its measurements: the same bytes, or something was altered.
+"""Judge a logged run again from its measurements: the same verdict, or something was altered.
 
 python -m flows verdict RUN_ID
 """

@@ -89,8 +89,12 @@ def test_the_verdict_can_be_recomputed_from_what_was_logged(
     assert capfdbinary.readouterr().out == logged.read_bytes() + b"\n"
     content = logged.read_bytes()
     try:
-        logged.write_bytes(content.replace(b'"passed":true', b'"passed":false', 1))
-        assert main(["verdict", digits.version.run_id]) == 1
+        for forged in ((b'"passed":true', b'"passed":false'), (b'"value":0', b'"value":1')):
+            assert content.count(forged[0])
+            logged.write_bytes(content.replace(*forged, 1))
+            assert main(["verdict", digits.version.run_id]) == 1
+        logged.write_bytes(content.replace(b"the candidate ran on its target", b"words of another release"))
+        assert main(["verdict", digits.version.run_id]) == 0
     finally:
         logged.write_bytes(content)
     assert main(["verdict", "0" * 32]) == 2
