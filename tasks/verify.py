@@ -58,7 +58,7 @@ def expected(registered: Registered) -> dict[str, str]:
 
 
 def recompute(run_id: str) -> tuple[bytes, bool]:
-    """The verdict's canonical JSON, judged again from the measurements, and whether the logged one says so."""
+    """The verdict's canonical JSON, judged again from the measurements, and whether the logged one agrees."""
     from tasks.gate import judge  # SciPy, which a rollback has no use for
 
     logged = registry.judged(run_id)

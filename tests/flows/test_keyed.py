@@ -101,7 +101,7 @@ class Rows:
         """This version was made of the rows as they are."""
         digest = content(recipe(str(self.recipe)).data)
         version = Version("digits-cnn", number, "run", "passed", None, "manifest")
-        latest = lineage.Latest(version, "recipe", digest, "checkpoint", "")
+        latest = lineage.Latest(version, "recipe", digest, "checkpoint", "", "")
         self.patch.setattr(lineage, "latest", lambda model: latest)
 
     def tick(self) -> State[Any]:
