@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--delete", action="store_true", help="do it; otherwise only say what would go")
     prune.add_argument("--days", type=float, default=1.0, help="touch nothing used since (1)")
     verbs.add_parser("recipes", help="list the recipes that ship")
-    verdict = verbs.add_parser("verdict", help="judge a logged run again; the bytes must be the same")
+    verdict = verbs.add_parser("verdict", help="judge a logged run again; the verdict must be the same")
     verdict.add_argument("run_id", metavar="RUN_ID", help="the MLflow run")
     _promotion_verbs(verbs)
     touched = verbs.add_parser("touched", help="list the recipes that a push touches")

@@ -94,16 +94,19 @@ def verdict_from_bytes(data: str | bytes) -> Verdict:
     return Verdict(value["passed"], tuple(Rule(**rule) for rule in rules))
 
 
-def judge_alike(one: bytes, other: bytes) -> bool:
+def same_verdict(one: bytes, other: bytes) -> bool:
     """Whether two verdicts say the same of every rule: outcome, value, limit and interval.
 
     Their words may differ: another release may put it otherwise.
     """
     first, second = (
-        [(rule.name, rule.passed, rule.value, rule.limit, rule.interval) for rule in found.rules]
+        (
+            found.passed,
+            [(rule.name, rule.passed, rule.value, rule.limit, rule.interval) for rule in found.rules],
+        )
         for found in map(verdict_from_bytes, (one, other))
     )
-    return first == second and json.loads(one)["passed"] == json.loads(other)["passed"]
+    return first == second
 
 
 def latency_summary(rounds: Rounds, batch: int) -> dict[str, float]:

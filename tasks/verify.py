@@ -16,7 +16,7 @@ from tasks.artifacts import Engine
 from tasks.engines import module
 from tasks.engines.common import RefitError
 from tasks.errors import InputError
-from tasks.measurements import judge_alike, measurements_from_json, verdict_bytes, verdict_from_bytes
+from tasks.measurements import measurements_from_json, same_verdict, verdict_bytes, verdict_from_bytes
 from tasks.registry import Registered
 from tasks.registry_engine import from_facts
 
@@ -64,7 +64,7 @@ def recompute(run_id: str) -> tuple[bytes, bool]:
     logged = registry.judged(run_id)
     recipe = Recipe.model_validate(logged.recipe)
     again = verdict_bytes(judge(measurements_from_json(logged.measurements), recipe.gate))
-    return again, judge_alike(again, logged.verdict)
+    return again, same_verdict(again, logged.verdict)
 
 
 def missing(runtime: str) -> str | None:
